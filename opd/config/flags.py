@@ -1,0 +1,87 @@
+"""Command line -> Config: argparse made from the schema's dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import types
+import typing
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from opd.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """A flag that breaks a rule. The message names the flag, its value, the rule and the remedy."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse_flags(argv: list[str]) -> Config:
+    """Parses without checking rules between flags (see ``validate.check``).
+
+    Raises:
+        ConfigError: unknown flag, wrong type or choice.
+    """
+    parser = build_parser()
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ConfigError(_unknown_flag_message(parser, unknown[0]))
+    sections = {}
+    for section in fields(Config):
+        section_type = type(getattr(Config(), section.name))
+        sections[section.name] = section_type(**{f.name: getattr(namespace, f.name) for f in fields(section_type)})
+    return Config(**sections)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        description="On-policy distillation: a student writes, a teacher scores every token, the student learns.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for section in Config().sections():
+        group = parser.add_argument_group(type(section).__name__.removesuffix("Flags").lower())
+        hints = typing.get_type_hints(type(section))
+        for f in fields(section):
+            name = "--" + f.name.replace("_", "-")
+            group.add_argument(name, **_argparse_kwargs(hints[f.name], f.default, f.metadata))
+    return parser
+
+
+def _argparse_kwargs(annotation: Any, default: Any, metadata: Any) -> dict[str, Any]:
+    common = {"help": metadata["help"], "default": default}
+    if annotation is bool:
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        return {"action": action, **common}
+    if isinstance(annotation, types.UnionType):  # X | None
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is list:
+        (annotation,) = typing.get_args(annotation)
+    kwargs = {"type": annotation, **common}
+    if metadata["choices"]:
+        kwargs["choices"] = metadata["choices"]
+    if metadata["nargs"]:
+        kwargs["nargs"] = metadata["nargs"]
+    return kwargs
+
+
+def _unknown_flag_message(parser: argparse.ArgumentParser, token: str) -> str:
+    name = token.split("=", 1)[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean `{close[0]}`?" if close else " `train.py --help` lists every flag."
+    kind = "flag" if name.startswith("-") else "argument"
+    return f"unknown {kind} `{name}`.{hint}"
+
+
+def exit_with_error(error: Exception) -> NoReturn:
+    """One ``error:`` line on stderr, exit status 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,127 @@
+"""The data that flows through one step: Sample -> TokenBatch -> metrics.
+
+Shape legend: N samples, T response tokens of all samples concatenated, L tokens of one sample (prompt + response).
+
+Alignment rule: every ``*_T`` tensor covers **response tokens only** and is indexed by the token being predicted.
+Sample ``i`` owns ``response_lengths[i]`` consecutive entries, in sample order. The shift by one between a model's
+logits and the token they predict happens in ``opd.maths.logprobs`` and nowhere else. Log-probs are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class SampleStatus(Enum):
+    PENDING = "pending"
+    COMPLETED = "completed"  # the model ended its answer
+    TRUNCATED = "truncated"  # stopped at the response-length limit
+    ABORTED = "aborted"  # the engine lost the request: excluded from training
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One prompt and one answer. Field names follow slime's ``Sample``, so reward functions work on either."""
+
+    index: int  # unique over the run: rollout_id * samples_per_rollout + position
+    group_index: int  # samples of the same prompt share it
+    prompt: str
+    tokens: list[int] = field(default_factory=list)  # prompt ids, then response ids
+    response: str = ""
+    response_length: int = 0
+    label: str | None = None
+    reward: float | dict[str, Any] | None = None  # what the reward function returned; a float after post-processing
+    status: SampleStatus = SampleStatus.PENDING
+    rollout_log_probs: list[float] | None = None  # behaviour policy, at the rollout temperature, nats
+    teacher_log_probs: list[float] | torch.Tensor | None = None  # temperature 1, nats; None: not scored
+    weight_version: int | None = None  # weights that wrote the response
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.tokens) - self.response_length
+
+    @property
+    def response_ids(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = -1  # -1: off
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """``key`` numbers the request within the run; an engine that can, draws its noise from (seed, key) alone."""
+
+    key: int
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    key: int
+    response_ids: list[int]
+    log_probs: list[float]  # log softmax(logits / temperature) of each response id, nats; not renormalised by top-p/top-k
+    status: SampleStatus
+    weight_version: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """The training view of N samples. Fields below the line are filled in during the step."""
+
+    tokens: list[torch.Tensor]  # N tensors [L_i], int64
+    response_lengths: list[int]  # N, each >= 1
+    loss_mask_T: torch.Tensor  # float32, 0 or 1
+    rollout_logprobs_T: torch.Tensor
+    outcome_advantages_N: torch.Tensor  # estimator's one number per sample, before any token-level term
+    teacher_scored_N: torch.Tensor  # bool; False: no teacher score, the penalty skips this sample
+    # ----
+    teacher_logprobs_T: torch.Tensor | None = None  # 0 where not scored
+    student_logprobs_T: torch.Tensor | None = None  # at the rollout temperature, before the update
+    student_kl_logprobs_T: torch.Tensor | None = None  # at the temperature at which the KL is measured
+    advantages_T: torch.Tensor | None = None
+    reverse_kl_T: torch.Tensor | None = None  # KL(student || teacher), one-sample estimate, 0 where not scored
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(t) for t in self.tokens]
+
+    def with_(self, **fields: Any) -> TokenBatch:
+        return replace(self, **fields)
+
+    def select(self, indices: list[int]) -> TokenBatch:
+        """The sub-batch of the given samples, in the given order."""
+        offsets = [0]
+        for n in self.response_lengths:
+            offsets.append(offsets[-1] + n)
+        spans = [torch.arange(offsets[i], offsets[i + 1]) for i in indices]
+        index_T = torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+        index_N = torch.tensor(indices, dtype=torch.long)
+        picked: dict[str, Any] = {
+            "tokens": [self.tokens[i] for i in indices],
+            "response_lengths": [self.response_lengths[i] for i in indices],
+        }
+        for name, value in self.__dict__.items():
+            if name.endswith("_T") and value is not None:
+                picked[name] = value[index_T]
+            elif name.endswith("_N") and value is not None:
+                picked[name] = value[index_N]
+        return replace(self, **picked)
+
+    def per_sample(self, values_T: torch.Tensor) -> list[torch.Tensor]:
+        return list(values_T.split(self.response_lengths))
