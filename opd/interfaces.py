@@ -23,6 +23,13 @@ class RolloutEngine(Protocol):
             WeightSyncError: the engine did not take the weights, or not these weights.
         """
 
+    def verify(self, tokens: list[int], expected_logprobs: list[float], *, tolerance: float) -> float:
+        """Scores ``tokens[1:]`` given what precedes each, at temperature 1, and returns the largest difference in nats.
+
+        Raises:
+            WeightSyncError: it is above ``tolerance``: the engine does not hold the trainer's weights.
+        """
+
     def close(self) -> None:
         """Stops whatever the engine started. Safe to call twice."""
 
@@ -40,24 +47,40 @@ class PostProcessFn(Protocol):
 
 
 class Trainer(Protocol):
-    """Holds the student (and a co-loaded teacher), computes log-probs and updates the student."""
+    """Holds the student (and a co-loaded teacher), computes log-probs and updates the student.
 
-    def load(self, batch: TokenBatch) -> TokenBatch:
-        """This data-parallel rank's share of the batch."""
+    With several ranks every method is called by all of them together.
+    """
+
+    def load(self, batch: TokenBatch | None) -> TokenBatch:
+        """This data-parallel rank's share of the batch that rank 0 gives."""
 
     def forward_logprobs(self, batch: TokenBatch, model: str) -> TokenBatch:
         """``model``: "student" fills ``student_logprobs_T`` and ``student_kl_logprobs_T``; "teacher" fills
-        ``teacher_logprobs_T``. No gradients."""
+        ``teacher_logprobs_T`` and ``teacher_scored_N``. No gradients."""
 
-    def map(self, fn: Callable[[TokenBatch], TokenBatch], batch: TokenBatch) -> TokenBatch: ...
+    def map(self, fn: Callable[..., TokenBatch], batch: TokenBatch) -> TokenBatch:
+        """``fn(batch, data_parallel_group=...)`` on this rank's share; the group is None for one rank."""
 
     def update(self, batch: TokenBatch) -> dict[str, float]:
-        """One or more optimizer steps over the batch; returns metrics averaged over the global batch."""
+        """One or more optimizer steps over the batch; returns metrics averaged over the global batch.
+
+        Raises:
+            FloatingPointError: NaN or infinite gradients; the weights are as before.
+        """
+
+    def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+        """Both dicts merged, summed and maximised over the data-parallel ranks."""
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The student's weights under Hugging Face names, whole tensors on every rank."""
 
-    def save(self, iteration: int) -> None: ...
+    def score(self, batch: TokenBatch) -> torch.Tensor:
+        """Temperature-1 log-probs [T] of the student, whole on every rank."""
+
+    def save(self, iteration: int, *, extra: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class WeightSyncError(RuntimeError):

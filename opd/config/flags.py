@@ -81,6 +81,18 @@ def _unknown_flag_message(parser: argparse.ArgumentParser, token: str) -> str:
     return f"unknown {kind} `{name}`.{hint}"
 
 
+def flag_text(name: str, value: Any = None) -> str:
+    """How messages write a flag of the schema: ``rollout_top_p`` and 2.0 -> `--rollout-top-p=2.0`, in backquotes."""
+    dashed = "--" + name.replace("_", "-")
+    if value is None or value is True:
+        return f"`{dashed}`"
+    if value is False:
+        return f"`--no-{dashed[2:]}`"
+    if isinstance(value, (list, tuple)):
+        return f"`{dashed} {' '.join(map(str, value))}`"
+    return f"`{dashed}={value}`"
+
+
 def exit_with_error(error: Exception) -> NoReturn:
     """One ``error:`` line on stderr, exit status 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,0 +1,243 @@
+"""Config -> the parts of a run. The only file that names implementations."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+
+from opd.config.model_rules import student_facts
+from opd.config.paths import load_function
+from opd.config.schema import Config
+from opd.data.batching import make_batch
+from opd.data.prompts import Prompt, PromptDataset
+from opd.data.tokenizer import eos_token_ids, load_tokenizer
+from opd.interfaces import PostProcessFn, RewardFn, RolloutEngine
+from opd.rollout.driver import RolloutDriver, keep_rewards
+from opd.run_state import RunState
+from opd.step import Parts
+from opd.types import Sample, SampleStatus, SamplingParams, TokenBatch
+
+logger = logging.getLogger(__name__)
+
+
+def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
+    """Everything a run needs, cheap checks first; ``stack`` closes what was started, in reverse order.
+
+    Raises:
+        ConfigError, PromptDataError: data that cannot be used.
+        TeacherError: a teacher server that fails its self-test.
+        CheckpointError, UnsupportedModelError: a folder that cannot be loaded.
+    """
+    tokenizer = load_tokenizer(config.checkpoint.hf_checkpoint, config.output.trust_remote_code)
+    context = _max_context_len(config)
+    prompts, eval_sets = _prompts(config, tokenizer, context), _eval_sets(config, tokenizer, context)
+    leader = int(os.environ.get("RANK", "0")) == 0
+    if leader and config.opd.opd_type == "sglang" and not config.opd.opd_skip_teacher_selftest:
+        _test_teacher(config, tokenizer)
+
+    from opd.megatron_backend import device as megatron_device
+
+    device = megatron_device.install()
+    from opd.megatron_backend.build import build_trainer
+
+    trainer, extra = build_trainer(config, device)
+    stack.callback(trainer.close)
+    state = RunState() if extra is None else RunState.from_json(extra)
+    if state.prompts is not None:
+        prompts.restore(state.prompts)
+
+    rollout = eval_rollout = reporter = None
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    if leader:
+        from opd.report.reporter import Reporter
+
+        engine = _engine(config, device, stack)
+        args = argparse.Namespace(**config.flat())
+        task_reward, reward, post_process = _rewards(config)
+        rollout = RolloutDriver(engine, reward=reward, post_process=post_process, args=args, decode=decode)
+        eval_rollout = RolloutDriver(engine, reward=task_reward, post_process=keep_rewards, args=args, decode=decode)
+        stack.callback(rollout.close)
+        stack.callback(eval_rollout.close)
+        reporter = stack.enter_context(
+            Reporter(
+                config.output, total_steps=config.rollout.num_rollout, start_step=state.step, run_flags=config.flat()
+            )
+        )
+    train_sampling, eval_sampling = _sampling(config, eos_token_ids(config.checkpoint.hf_checkpoint, tokenizer))
+    parts = Parts(
+        config=config,
+        trainer=trainer,
+        prompts=prompts,
+        eval_sets=eval_sets,
+        train_sampling=train_sampling,
+        eval_sampling=eval_sampling,
+        rollout=rollout,
+        eval_rollout=eval_rollout,
+        reporter=reporter,
+        decode=tokenizer.decode,
+        probe=_probe(prompts),
+    )
+    return parts, state
+
+
+def _max_context_len(config: Config) -> int:
+    limit = student_facts(config).max_position_embeddings
+    return min(config.rollout.rollout_max_context_len or limit, limit)
+
+
+def _prompts(config: Config, tokenizer: Any, max_context_len: int) -> PromptDataset:
+    data = config.data
+    return PromptDataset(
+        data.prompt_data,
+        input_key=data.input_key,
+        label_key=data.label_key,
+        metadata_key=data.metadata_key,
+        tokenizer=tokenizer,
+        apply_chat_template=data.apply_chat_template,
+        max_prompt_len=data.rollout_max_prompt_len,
+        max_context_len=max_context_len,
+        shuffle=data.rollout_shuffle,
+        seed=config.rollout.rollout_seed,
+    )
+
+
+def _eval_sets(config: Config, tokenizer: Any, max_context_len: int) -> list[tuple[str, list[Prompt]]]:
+    data = config.data
+    return [
+        (
+            name,
+            PromptDataset(
+                path,
+                input_key=config.eval.eval_input_key or data.input_key,
+                label_key=config.eval.eval_label_key or data.label_key,
+                metadata_key=data.metadata_key,
+                tokenizer=tokenizer,
+                apply_chat_template=data.apply_chat_template,
+                max_context_len=max_context_len,
+                for_evaluation=True,
+            ).all(),
+        )
+        for name, path in config.eval_sets
+    ]
+
+
+def _sampling(config: Config, eos_ids: tuple[int, ...]) -> tuple[SamplingParams, SamplingParams]:
+    flags, evaluation = config.rollout, config.eval
+    train = SamplingParams(
+        temperature=flags.rollout_temperature,
+        top_p=flags.rollout_top_p,
+        top_k=flags.rollout_top_k,
+        max_new_tokens=flags.rollout_max_response_len,
+        stop_token_ids=tuple(sorted({*eos_ids, *(flags.rollout_stop_token_ids or ())})),
+        seed=flags.rollout_seed,
+    )
+    return train, dataclasses.replace(
+        train,
+        temperature=evaluation.eval_temperature,
+        top_p=evaluation.eval_top_p,
+        top_k=evaluation.eval_top_k,
+        max_new_tokens=evaluation.eval_max_response_len or train.max_new_tokens,
+        seed=flags.rollout_seed + 1,  # other noise than the training samples with the same index
+    )
+
+
+def _engine(config: Config, device: torch.device, stack: ExitStack) -> RolloutEngine:
+    flags, dtype = config.rollout, torch.bfloat16 if config.model.bf16 else torch.float32
+    if flags.rollout_engine == "sglang":
+        from opd.rollout.sglang_engine import start_engine
+
+        engine = start_engine(config, dtype=dtype, device=device)
+        stack.callback(engine.close)
+        return engine
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from opd.rollout.torch_engine import TorchEngine
+
+    trust = config.output.trust_remote_code
+    model_config = AutoConfig.from_pretrained(config.checkpoint.hf_checkpoint, trust_remote_code=trust)
+    with device:  # weights come from the trainer before the first answer
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust
+        )
+    return TorchEngine(
+        model, max_running_requests=flags.rollout_max_running_requests, max_context_len=_max_context_len(config)
+    )
+
+
+def _rewards(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]:
+    """(task reward, reward of a training sample, its post-processing).
+
+    With an SGLang teacher the pair of ``opd.rewards.on_policy_distillation`` scores with the teacher and carries the
+    task reward along; functions named by the user take the task's side of it.
+    """
+    flags = config.reward
+    custom = load_function(flags.custom_rm_path, flag="--custom-rm-path") if flags.custom_rm_path else None
+    process: PostProcessFn = keep_rewards
+    if flags.custom_reward_post_process_path:
+        process = load_function(flags.custom_reward_post_process_path, flag="--custom-reward-post-process-path")
+    if config.opd.opd_type != "sglang":
+        task_reward = custom or _rule(config)
+        return task_reward, task_reward, process
+
+    from opd.rewards.on_policy_distillation import post_process_rewards, reward_func
+
+    task_reward = custom if custom not in (None, reward_func) else _rule(config)
+    store_scores = post_process_rewards if process in (keep_rewards, post_process_rewards) else _both(post_process_rewards, process)
+    return task_reward, partial(reward_func, task_reward=task_reward), store_scores
+
+
+def _rule(config: Config) -> RewardFn:
+    if config.reward.rm_type is None:
+        return _no_reward
+    from opd.rewards.rules import rule_reward
+
+    return rule_reward
+
+
+async def _no_reward(args: Any, sample: Sample, **_: Any) -> float:
+    """Pure distillation without a task reward."""
+    return 0.0
+
+
+def _both(first: PostProcessFn, second: PostProcessFn) -> PostProcessFn:
+    def process(args: Any, samples: list[Sample], **kwargs: Any) -> tuple[list[float], list[float]]:
+        first(args, samples, **kwargs)  # leaves the task reward in sample.reward
+        return second(args, samples, **kwargs)
+
+    return process
+
+
+def _test_teacher(config: Config, tokenizer: Any) -> None:
+    from opd.background_loop import BackgroundLoop
+    from opd.teachers.selftest import check_teacher
+
+    loop = BackgroundLoop("teacher self-test")
+    try:
+        loop.run(check_teacher(config.reward.rm_url, tokenizer, student_folder=config.checkpoint.hf_checkpoint))
+    finally:
+        loop.close()
+
+
+def _probe(prompts: PromptDataset) -> TokenBatch:
+    """The first prompt with at least two tokens, all but its first token as the "response"."""
+    ids = next((p.ids for p in prompts.all() if len(p.ids) > 1), None)
+    if ids is None:
+        ids = prompts.all()[0].ids * 2
+    sample = Sample(
+        index=0,
+        group_index=0,
+        prompt="",
+        tokens=list(ids),
+        response_length=len(ids) - 1,
+        rollout_log_probs=[0.0] * (len(ids) - 1),
+        status=SampleStatus.COMPLETED,
+    )
+    return make_batch([sample], torch.zeros(1), samples_per_step=1)

@@ -1,0 +1,124 @@
+"""Rules that look at the disk, the installed packages and the launcher, but load nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from opd.config.flags import flag_text
+from opd.config.paths import check_function
+from opd.config.schema import Config
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def file_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    yield from _prompt_file_rules(config)
+    yield from _checkpoint_folder_rules(config)
+    yield from _package_rules(config)
+    yield from _launcher_rules(config, environ)
+    for name in ("custom_rm_path", "custom_reward_post_process_path"):
+        path = getattr(config.reward, name)
+        if path is not None:
+            check_function(path, flag=flag_text(name)[1:-1])
+
+
+def _prompt_file_rules(config: Config) -> Iterator[str]:
+    files = [("--prompt-data", str(config.data.prompt_data))]
+    files += [("--eval-prompt-data", path) for _, path in config.eval_sets]
+    for flag, name in files:
+        path = Path(name)
+        if not path.is_file():
+            yield f"`{flag}={name}`: no such file. Check the path."
+        elif path.suffix not in (".jsonl", ".parquet"):
+            yield f"`{flag}={name}`: the name must end in .jsonl or .parquet, which says how to read it. Rename or convert the file."
+        elif path.stat().st_size == 0:
+            yield f"`{flag}={name}`: the file is empty. It needs one prompt per row."
+
+
+def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
+    checkpoint, opd = config.checkpoint, config.opd
+    folders = {
+        "hf_checkpoint": checkpoint.hf_checkpoint,
+        "ref_load": checkpoint.ref_load,
+        "opd_teacher_load": opd.opd_teacher_load,
+        "opd_teacher_hf_checkpoint": opd.opd_teacher_hf_checkpoint,
+    }
+    for name, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            yield f"{flag_text(name, folder)}: no such folder. Check the path."
+    for name, folder in (("save", checkpoint.save), ("output_dir", config.output.output_dir)):
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            yield f"{flag_text(name, folder)} is a file, and must be a folder. Give another path."
+    if checkpoint.ref_load is not None and not (Path(checkpoint.ref_load) / LATEST).is_file():
+        yield (
+            f"{flag_text('ref_load', checkpoint.ref_load)} holds no {LATEST}, so it is no torch_dist checkpoint. "
+            "Make one with tools/convert_hf_to_torch_dist.py, or leave the flag out to start from --hf-checkpoint."
+        )
+    if missing_student_weights(config) and not config.output.dry_run:
+        yield (
+            f"{flag_text('hf_checkpoint', checkpoint.hf_checkpoint)} holds no weights ({', '.join('*' + s for s in WEIGHT_SUFFIXES)}), "
+            "and neither --ref-load nor --load does. Give a complete model folder, or a torch_dist folder with --ref-load."
+        )
+    if opd.opd_teacher_load is not None:
+        yield from _teacher_folder_rules(config, Path(opd.opd_teacher_load))
+
+
+def missing_student_weights(config: Config) -> bool:
+    checkpoint = config.checkpoint
+    if checkpoint.ref_load is not None or (checkpoint.load is not None and (Path(checkpoint.load) / LATEST).is_file()):
+        return False
+    return not has_hf_weights(Path(str(checkpoint.hf_checkpoint)))
+
+
+def has_hf_weights(folder: Path) -> bool:
+    return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+
+
+def _teacher_folder_rules(config: Config, folder: Path) -> Iterator[str]:
+    opd = config.opd
+    shown = flag_text("opd_teacher_load", folder)
+    is_torch_dist = (folder / LATEST).is_file()
+    if not is_torch_dist and not (folder / "config.json").is_file():
+        yield (
+            f"{shown} holds neither {LATEST} (torch_dist) nor config.json (Hugging Face). Give the teacher's checkpoint folder; "
+            "tools/convert_hf_to_torch_dist.py makes the former."
+        )
+    if opd.opd_teacher_ckpt_step is None:
+        return
+    step = flag_text("opd_teacher_ckpt_step", opd.opd_teacher_ckpt_step)
+    if not is_torch_dist:
+        yield f"{step} needs a torch_dist teacher, and {shown} is a Hugging Face folder, which has no steps. Drop it."
+    iteration = f"iter_{opd.opd_teacher_ckpt_step:07d}"
+    if not (folder / iteration).is_dir():
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith(("iter_", "release")))
+        there = f"it has {', '.join(found)}" if found else "it has no step at all"
+        yield f"{step}: {shown} has no {iteration}: {there}. Choose an existing step."
+
+
+def _package_rules(config: Config) -> Iterator[str]:
+    needed = {
+        "use_wandb": (config.output.use_wandb, "wandb"),
+        "rollout_engine": (config.rollout.rollout_engine == "sglang", "sglang"),
+    }
+    for name, (wanted, package) in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            value = getattr(config.rollout, name, None)
+            yield f"{flag_text(name, value)} needs the `{package}` package, which is not installed. Install it with `pip install {package}`, or drop the flag."
+
+
+def _launcher_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    variable = config.opd.opd_teacher_api_key_env
+    if variable is not None and not environ.get(variable):
+        yield f"{flag_text('opd_teacher_api_key_env', variable)}: that environment variable is not set. Export it, or drop the flag."
+    if config.output.dry_run:
+        return  # a plan for eight devices may be made on a laptop
+    started, wanted = environ.get("WORLD_SIZE", "1"), config.parallel.world_size
+    if started != str(wanted):
+        per_node = config.parallel.actor_num_gpus_per_node
+        yield (
+            f"{wanted} training ranks are asked for (--actor-num-nodes {config.parallel.actor_num_nodes} x --actor-num-gpus-per-node "
+            f"{per_node}) and {started} started. Start with `torchrun --nproc-per-node {per_node} train.py`, or change the flags."
+        )

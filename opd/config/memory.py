@@ -1,0 +1,125 @@
+"""Memory of the heaviest training rank, worked out from shapes: no weights are loaded.
+
+Counts what grows with the model or the batch. Left out: the framework's own buffers, fragmentation, and the CUDA context
+(together some GiB on a GPU). Symbols: H hidden, F ffn, V vocabulary, tokens of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd.config.model_facts import ModelFacts
+from opd.config.schema import Config
+
+FP32 = 4  # bytes
+ADAM_STATES = 2  # first and second moment, fp32 each
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryItem:
+    name: str
+    bytes: int
+    note: str
+    resident: bool = True  # False: only for a part of the step
+
+
+def parameters_per_rank(facts: ModelFacts, *, tp: int, pp: int) -> int:
+    """Of the heaviest rank: projections and tables are split over TP, norms are not; layers are split over PP.
+
+    With PP > 1 a tied table stands on the first and on the last stage.
+    """
+    replicated = 2 * facts.hidden_size + (2 * facts.kv_channels if facts.qk_layernorm else 0)
+    layer = (facts.layer_parameters - replicated) // tp + replicated
+    table = facts.embedding_parameters // tp
+    if pp == 1:
+        tables = 2 if facts.untie_embeddings_and_output_weights else 1
+        return facts.num_layers * layer + tables * table + facts.hidden_size
+    return facts.num_layers // pp * layer + table + facts.hidden_size  # the last stage: head and final norm
+
+
+def activation_bytes_per_token(facts: ModelFacts, *, tp: int, element: int) -> int:
+    """What one layer keeps of one token for the backward pass, attention scores not materialised.
+
+    The input and output of both norms (4 H), Q, K, V and the attention's output (2 q + 2 kv), and the MLP's gate, up
+    and product (3 F); the latter two are split over TP.
+    """
+    q, kv = facts.num_attention_heads * facts.kv_channels, facts.num_query_groups * facts.kv_channels
+    return element * (4 * facts.hidden_size + (2 * q + 2 * kv + 3 * facts.ffn_hidden_size) // tp)
+
+
+def estimate(config: Config, student: ModelFacts, teacher: ModelFacts | None) -> list[MemoryItem]:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    element = 2 if config.model.bf16 else FP32
+    count = parameters_per_rank(student, tp=tp, pp=pp)
+    kind = "bf16" if config.model.bf16 else "fp32"
+    items = [
+        MemoryItem(name="student weights", bytes=count * element, note=f"{count:,} numbers, {kind}"),
+        MemoryItem(name="gradients", bytes=count * FP32, note="fp32"),
+        _optimizer_states(config, count),
+        _activations(config, student, element),
+    ]
+    if teacher is not None:
+        teacher_count = parameters_per_rank(teacher, tp=tp, pp=pp)
+        note = f"{teacher_count:,} numbers, {kind}; on the device only while it scores"
+        items.append(MemoryItem(name="teacher weights", bytes=teacher_count * element, note=note, resident=False))
+    if config.rollout.rollout_engine == "torch":
+        items += _torch_engine(config, student, element)
+    return items
+
+
+def _optimizer_states(config: Config, count: int) -> MemoryItem:
+    parallel = config.parallel
+    states = ADAM_STATES + (1 if config.model.bf16 else 0)
+    note = "Adam's two moments" + (" and fp32 weights" if config.model.bf16 else "") + ", fp32"
+    shards = 1
+    if parallel.use_distributed_optimizer:
+        # Megatron shards over data and context parallel ranks together.
+        shards = parallel.world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        note += f", 1/{shards} of them"
+    return MemoryItem(name="optimizer states", bytes=count * states * FP32 // shards, note=note)
+
+
+def _activations(config: Config, facts: ModelFacts, element: int) -> MemoryItem:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tokens = parallel.max_tokens_per_gpu
+    layers = facts.num_layers // pp
+    in_flight = pp  # 1F1B: the first stage holds one micro-batch per stage
+    per_token = activation_bytes_per_token(facts, tp=tp, element=element)
+    if parallel.recompute_granularity == "full":
+        kept = layers * element * facts.hidden_size * in_flight + per_token  # each layer's input, and one layer in full
+    else:
+        kept = layers * per_token * in_flight
+    logits = 2 * FP32 * facts.vocab_size // tp  # fp32 logits and their gradient
+    note = f"{tokens:,} tokens per micro-batch, logits included"
+    return MemoryItem(name="activations", bytes=tokens * (kept + logits), note=note, resident=False)
+
+
+def _torch_engine(config: Config, facts: ModelFacts, element: int) -> list[MemoryItem]:
+    sequences = sequences_per_rank(config)
+    tokens = longest_sequence(config, facts)
+    return [
+        MemoryItem(name="rollout weights", bytes=facts.parameter_count * element, note="the engine's own whole copy"),
+        MemoryItem(
+            name="rollout KV cache",
+            bytes=sequences * tokens * facts.kv_values_per_token * element,
+            note=f"{sequences} sequences x {tokens:,} tokens",
+            resident=False,
+        ),
+    ]
+
+
+def sequences_per_rank(config: Config) -> int:
+    """Answers that one rank decodes at the same time."""
+    share = -(-config.samples_per_rollout // config.parallel.world_size)
+    return min(share, config.rollout.rollout_max_running_requests)
+
+
+def longest_sequence(config: Config, facts: ModelFacts) -> int:
+    """Tokens of the longest prompt and answer that the flags allow."""
+    rollout = config.rollout
+    limit = min(rollout.rollout_max_context_len or facts.max_position_embeddings, facts.max_position_embeddings)
+    if config.data.rollout_max_prompt_len is None:
+        return limit
+    return min(limit, config.data.rollout_max_prompt_len + rollout.rollout_max_response_len)

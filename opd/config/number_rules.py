@@ -1,0 +1,108 @@
+"""The interval each number must lie in, and what to give instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opd.config.flags import flag_text
+from opd.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)  # NaN fails both comparisons
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'greater than' if self.low_open else 'at least'} {self.low:g}"
+        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+
+
+_ONE_OR_MORE = Interval(1)
+_ZERO_OR_MORE = Interval(0)
+_POSITIVE = Interval(0, low_open=True)
+_BELOW_ONE = Interval(0, 1, high_open=True)
+_SHARE = Interval(0, 1)
+_NUCLEUS = Interval(0, 1, low_open=True)
+
+# flag -> (interval, remedy)
+INTERVALS: dict[str, tuple[Interval, str]] = {
+    "opd_kl_coef": (_ZERO_OR_MORE, "A negative weight would push the student away from the teacher: give 1.0, or 0 for task reward only."),
+    "opd_max_unscored_share": (_SHARE, "It is a share of the samples: 0.5 stops a run when half of them have no teacher score."),
+    "opd_teacher_timeout": (_POSITIVE, "It is in seconds: give 60."),
+    "opd_teacher_retries": (_ZERO_OR_MORE, "Give 0 to mask a sample after its first failed request."),
+    "opd_teacher_concurrency": (_ONE_OR_MORE, "Give the number of scoring requests in flight, such as 64."),
+    "opd_teacher_ckpt_step": (_ZERO_OR_MORE, "Give the number of an iter_NNNNNNN folder, or leave it out for the latest."),
+    "num_rollout": (_ONE_OR_MORE, "Give the number of rollouts in the whole run."),
+    "rollout_batch_size": (_ONE_OR_MORE, "Give the number of prompts per rollout."),
+    "n_samples_per_prompt": (_ONE_OR_MORE, "Give the number of answers per prompt."),
+    "rollout_max_response_len": (_ONE_OR_MORE, "Give the tokens per answer."),
+    "rollout_max_context_len": (Interval(2), "Leave room for a prompt and an answer."),
+    "rollout_max_prompt_len": (_ONE_OR_MORE, "Give the tokens of the longest prompt to keep."),
+    "rollout_temperature": (_POSITIVE, "At 0 the student always writes its likeliest token, whose log-prob says nothing about its distribution: give 1.0."),
+    "rollout_top_p": (_NUCLEUS, "Give 1.0 to turn nucleus sampling off."),
+    "rollout_max_running_requests": (_ONE_OR_MORE, "Give the answers decoded at the same time."),
+    "rollout_num_gpus": (_ONE_OR_MORE, "Give the devices for SGLang engines."),
+    "rollout_num_gpus_per_engine": (_ONE_OR_MORE, "Give the tensor-parallel size of one SGLang engine."),
+    "sglang_server_timeout": (_POSITIVE, "It is in seconds: give 180."),
+    "sglang_mem_fraction_static": (Interval(0, 1, low_open=True, high_open=True), "It is a share of the device's memory: give 0.7."),
+    "sglang_port": (Interval(1, 65535), "Leave it out for a free port."),
+    "max_logprob_mismatch": (_POSITIVE, "It is in nats: give 0.1."),
+    "global_batch_size": (_ONE_OR_MORE, "Give the samples per optimizer step, or leave it out for all samples of a rollout."),
+    "eps_clip": (_BELOW_ONE, "The ratio is kept above 1 - eps: give 0.2."),
+    "eps_clip_high": (_ZERO_OR_MORE, "The ratio is kept below 1 + eps: give 0.28, or leave it out."),
+    "lr": (_POSITIVE, "Give a learning rate such as 1e-6."),
+    "min_lr": (_ZERO_OR_MORE, "Give the learning rate at the end of the decay, or leave it out."),
+    "lr_warmup_iters": (_ZERO_OR_MORE, "Give 0 for no warm-up."),
+    "lr_decay_iters": (_ONE_OR_MORE, "Leave it out to decay over the whole run."),
+    "weight_decay": (_ZERO_OR_MORE, "Give 0 for none."),
+    "adam_beta1": (_BELOW_ONE, "Give 0.9."),
+    "adam_beta2": (_BELOW_ONE, "Give 0.95."),
+    "adam_eps": (_POSITIVE, "Give 1e-8."),
+    "clip_grad": (_ZERO_OR_MORE, "Give 1.0, or 0 to turn clipping off."),
+    "save_interval": (_ONE_OR_MORE, "Leave it out to save only at the end."),
+    "eval_interval": (_ONE_OR_MORE, "Leave it out to evaluate never."),
+    "n_samples_per_eval_prompt": (_ONE_OR_MORE, "Give the number of answers per evaluation prompt."),
+    "eval_max_response_len": (_ONE_OR_MORE, "Leave it out to use --rollout-max-response-len."),
+    "eval_temperature": (_ZERO_OR_MORE, "Give 0 for greedy answers."),
+    "eval_top_p": (_NUCLEUS, "Give 1.0 to turn nucleus sampling off."),
+    "tensor_model_parallel_size": (_ONE_OR_MORE, "Give 1 for no tensor parallelism."),
+    "pipeline_model_parallel_size": (_ONE_OR_MORE, "Give 1 for no pipeline parallelism."),
+    "context_parallel_size": (_ONE_OR_MORE, "Give 1 for no context parallelism."),
+    "actor_num_nodes": (_ONE_OR_MORE, "Give the number of machines that train."),
+    "actor_num_gpus_per_node": (_ONE_OR_MORE, "Give the training ranks per machine; without a GPU they are processes."),
+    "max_tokens_per_gpu": (_ONE_OR_MORE, "Give the tokens of one micro-batch, such as 4096."),
+    "make_vocab_size_divisible_by": (_ONE_OR_MORE, "Give 1 for no padding."),
+    "num_saved_samples": (_ZERO_OR_MORE, "Give 0 to keep none."),
+    "distributed_timeout_minutes": (_ONE_OR_MORE, "Give 10."),
+    "recompute_num_layers": (_ONE_OR_MORE, "Give 1."),
+}
+
+
+def number_rules(config: Config) -> Iterator[str]:
+    values = config.flat()
+    for name, (interval, remedy) in INTERVALS.items():
+        value = values[name]
+        if value is not None and value not in interval:
+            yield f"{flag_text(name, value)} must be {interval}. {remedy}"
+    for name in ("rollout_top_k", "eval_top_k"):
+        if values[name] != -1 and values[name] < 1:
+            yield f"{flag_text(name, values[name])} must be -1 (off) or at least 1. Leave it out to sample from the whole vocabulary."
+    for name in ("attention_dropout", "hidden_dropout"):
+        if values[name] != 0:
+            yield (
+                f"{flag_text(name, values[name])} must be 0: with dropout the trainer's recomputed log-probs differ from "
+                "the rollout's at random. Leave it out."
+            )
+    if values["rotary_percent"] != 1.0:
+        yield f"{flag_text('rotary_percent', values['rotary_percent'])} must be 1.0: the supported models rotate whole heads. Leave it out."

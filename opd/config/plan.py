@@ -1,0 +1,185 @@
+"""What ``--dry-run`` prints: what would run where, on how much, and what it would need. Starts and loads nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from opd.config.advice import warnings
+from opd.config.file_rules import LATEST
+from opd.config.memory import MemoryItem, estimate
+from opd.config.model_facts import ModelFacts
+from opd.config.model_rules import student_facts, teacher_facts
+from opd.config.schema import Config
+
+GIB = 2**30
+MIB = 2**20
+Rows = list[tuple[str, str]]
+
+
+def plan(config: Config) -> RenderableType:
+    """For rich's ``print``. The config must have passed ``check``.
+
+    Raises:
+        ConfigError: the model's config.json went away since.
+    """
+    student, teacher = student_facts(config), teacher_facts(config)
+    sections = {
+        "Models": [("student", _model_line(student, config)), ("starts from", _start_line(config)), ("teacher", _teacher_line(config, teacher))],
+        "Processes": _process_rows(config),
+        "Each rollout": _rollout_rows(config),
+        "Learning": _learning_rows(config),
+        "Evaluation and files": _evaluation_rows(config) + _file_rows(config),
+    }
+    blocks: list[RenderableType] = []
+    for title, rows in sections.items():
+        blocks += [Text(title, style="bold"), _table(rows)]
+    items = estimate(config, student, teacher)
+    blocks += [Text("Memory of the heaviest training rank, estimated", style="bold"), _memory_table(items)]
+    found = warnings(config)
+    if found:
+        blocks += [Text("Warnings", style="bold yellow"), _table([("-", message) for message in found])]
+    blocks.append(Text("Dry run: nothing was started and no weights were loaded."))
+    return Group(*blocks)
+
+
+def _table(rows: Rows) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for left, right in rows:
+        table.add_row(Text(left), Text(right))
+    return table
+
+
+def _memory_table(items: list[MemoryItem]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for justify in ("left", "right", "left"):
+        table.add_column(justify=justify)
+    for item in items:
+        table.add_row(Text(item.name), _size(item.bytes), Text(item.note))
+    resident = sum(item.bytes for item in items if item.resident)
+    # Activations, an awake teacher and the KV cache belong to different parts of the step.
+    peak = resident + max((item.bytes for item in items if not item.resident), default=0)
+    table.add_row(Text("at rest", style="bold"), _size(resident), "between the parts of a step")
+    table.add_row(Text("peak", style="bold"), _size(peak), "with the largest of activations, teacher and KV cache")
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
+
+
+def _model_line(facts: ModelFacts, config: Config) -> str:
+    kind = "bf16" if config.model.bf16 else "fp32"
+    tied = "untied" if facts.untie_embeddings_and_output_weights else "tied"
+    return (
+        f"{facts.parameter_count:,} parameters, {kind}: {facts.family}, {facts.num_layers} layers, hidden {facts.hidden_size}, "
+        f"ffn {facts.ffn_hidden_size}, {facts.num_attention_heads} heads in {facts.num_query_groups} groups of "
+        f"{facts.kv_channels}, vocabulary {facts.vocab_size} ({tied}), {facts.max_position_embeddings} positions"
+    )
+
+
+def _start_line(config: Config) -> str:
+    checkpoint = config.checkpoint
+    if checkpoint.load is not None:
+        iteration = _latest(checkpoint.load)
+        if iteration is not None:
+            what = "its weights only, from step 0" if checkpoint.finetune else "resumes there"
+            return f"{checkpoint.load} (checkpoint {iteration}): {what}"
+    first = checkpoint.ref_load or f"{checkpoint.hf_checkpoint} (Hugging Face weights)"
+    return f"{first}; {checkpoint.load} holds no checkpoint yet" if checkpoint.load is not None else first
+
+
+def _latest(folder: str) -> str | None:
+    path = Path(folder) / LATEST
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _teacher_line(config: Config, teacher: ModelFacts | None) -> str:
+    opd = config.opd
+    if not opd.use_opd:
+        return "none"
+    if teacher is None:
+        return f"server at {config.reward.rm_url}, {opd.opd_teacher_concurrency} requests in flight, {opd.opd_teacher_retries} retries of {opd.opd_teacher_timeout:g} s"
+    step = opd.opd_teacher_ckpt_step if opd.opd_teacher_ckpt_step is not None else _latest(opd.opd_teacher_load or "")
+    at = f", checkpoint {step}" if step is not None else ""
+    return f"co-loaded from {opd.opd_teacher_load}{at}: {_model_line(teacher, config)}"
+
+
+def _process_rows(config: Config) -> Rows:
+    parallel, rollout = config.parallel, config.rollout
+    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    dp = parallel.world_size // parallel.model_parallel_size
+    layout = f"tensor {tp} x pipeline {pp} x context {cp} x data {dp}"
+    if parallel.sequence_parallel:
+        layout += ", sequence parallel"
+    if parallel.use_distributed_optimizer:
+        layout += ", optimizer states sharded"
+    start = "python train.py" if parallel.world_size == 1 else f"torchrun --nproc-per-node {parallel.actor_num_gpus_per_node} train.py"
+    if parallel.actor_num_nodes > 1:
+        start = f"torchrun --nnodes {parallel.actor_num_nodes} --nproc-per-node {parallel.actor_num_gpus_per_node} train.py, on each machine"
+    if rollout.rollout_engine == "sglang":
+        engines = rollout.rollout_num_gpus // rollout.rollout_num_gpus_per_engine
+        decode = f"{engines} SGLang server{'s' if engines > 1 else ''} of tensor-parallel size {rollout.rollout_num_gpus_per_engine}"
+    else:
+        decode = "torch engine inside the training processes"
+    return [
+        ("training", f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''}: {layout}"),
+        ("start with", start),
+        ("rollout", decode),
+    ]
+
+
+def _rollout_rows(config: Config) -> Rows:
+    rollout = config.rollout
+    total = config.samples_per_rollout
+    top = f", top-p {rollout.rollout_top_p:g}" if rollout.rollout_top_p < 1 else ""
+    top += f", top-k {rollout.rollout_top_k}" if rollout.rollout_top_k != -1 else ""
+    return [
+        ("samples", f"{rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers = {total} samples"),
+        ("answers", f"at most {rollout.rollout_max_response_len:,} tokens each ({total * rollout.rollout_max_response_len:,} in all), temperature {rollout.rollout_temperature:g}{top}"),
+        ("prompts", f"{config.data.prompt_data}{', shuffled' if config.data.rollout_shuffle else ''}"),
+    ]
+
+
+def _learning_rows(config: Config) -> Rows:
+    algorithm, optimizer, opd = config.algorithm, config.optimizer, config.opd
+    steps, rollouts = config.optimizer_steps_per_rollout, config.rollout.num_rollout or 0
+    signal = algorithm.advantage_estimator
+    if opd.use_opd:
+        signal += f" - {opd.opd_kl_coef:g} x reverse KL to the teacher, both at temperature {config.kl_temperature:g}"
+    reward = config.reward.rm_type or config.reward.custom_rm_path or "none: the teacher alone"
+    decay = f", {optimizer.lr_decay_style} to {optimizer.min_lr:g}" if optimizer.lr_decay_style != "constant" else ""
+    high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
+    return [
+        ("signal", signal),
+        ("task reward", reward),
+        ("optimizer steps", f"{steps} per rollout of {config.global_batch_size} samples, {steps * rollouts:,} in {rollouts:,} rollouts"),
+        ("micro-batches", f"packed to at most {config.parallel.max_tokens_per_gpu:,} tokens per rank"),
+        ("learning rate", f"{optimizer.lr:g} after {optimizer.lr_warmup_iters} warm-up steps{decay}, gradient norm clipped at {optimizer.clip_grad:g}"),
+        ("ratio clip", f"[{1 - algorithm.eps_clip:g}, {1 + high:g}]"),
+    ]
+
+
+def _evaluation_rows(config: Config) -> Rows:
+    evaluation = config.eval
+    if evaluation.eval_interval is None:
+        return [("evaluation", "none")]
+    how = "greedy" if evaluation.eval_temperature == 0 else f"temperature {evaluation.eval_temperature:g}"
+    sets = ", ".join(f"{name} ({path})" for name, path in config.eval_sets)
+    first = "" if evaluation.skip_eval_before_train else "before the first rollout and "
+    return [("evaluation", f"{sets}: {first}every {evaluation.eval_interval} rollouts, {evaluation.n_samples_per_eval_prompt} x {how}")]
+
+
+def _file_rows(config: Config) -> Rows:
+    checkpoint = config.checkpoint
+    if checkpoint.save is None:
+        saves = "none"
+    else:
+        when = "at the end" if checkpoint.save_interval is None else f"every {checkpoint.save_interval} rollouts and at the end"
+        saves = f"{checkpoint.save}, {when}"
+    return [("checkpoints", saves), ("output", config.output.output_dir or "none given")]

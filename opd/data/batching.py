@@ -1,0 +1,80 @@
+"""Samples -> TokenBatch, and TokenBatch -> data-parallel shares and token-budget micro-batches."""
+
+from __future__ import annotations
+
+import torch
+
+from opd.types import Sample, SampleStatus, TokenBatch
+
+
+def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, samples_per_step: int) -> TokenBatch:
+    """The samples that can be trained on, in order. Aborted and empty answers are left out.
+
+    Args:
+        outcome_advantages_N: one advantage for each of ``samples``, also for those left out.
+        samples_per_step: global batch size: every so many samples make one optimizer step.
+
+    Raises:
+        ValueError: no sample is left.
+    """
+    kept = [i for i, s in enumerate(samples) if s.status is not SampleStatus.ABORTED and s.response_length > 0]
+    if not kept:
+        raise ValueError(f"none of {len(samples)} samples has a response: the rollout engine aborted all of them")
+    chosen = [samples[i] for i in kept]
+    lengths = [s.response_length for s in chosen]
+    scored = [s.teacher_log_probs is not None for s in chosen]
+    teacher_T = None
+    if any(scored):
+        teacher_T = torch.cat(
+            [
+                torch.as_tensor(s.teacher_log_probs).float() if ok else torch.zeros(s.response_length)
+                for s, ok in zip(chosen, scored, strict=True)
+            ]
+        )
+    return TokenBatch(
+        tokens=[torch.tensor(s.tokens) for s in chosen],
+        response_lengths=lengths,
+        loss_mask_T=torch.ones(sum(lengths)),
+        rollout_logprobs_T=torch.tensor([x for s in chosen for x in s.rollout_log_probs or ()]),
+        outcome_advantages_N=outcome_advantages_N[kept].float(),
+        teacher_scored_N=torch.tensor(scored),
+        sample_N=torch.tensor(kept),
+        optimizer_step_N=torch.tensor([i // samples_per_step for i in kept]),
+        teacher_logprobs_T=teacher_T,
+    )
+
+
+def data_parallel_share(batch: TokenBatch, *, rank: int, size: int) -> list[int]:
+    """Indices of the samples of one rank: within each optimizer step about the same number of tokens for all ranks."""
+    mine: list[int] = []
+    steps_N = batch.optimizer_step_N.tolist()
+    for step in sorted(set(steps_N)):
+        members = [i for i, s in enumerate(steps_N) if s == step]
+        mine += sorted(balanced_partition([batch.lengths[i] for i in members], size, members)[rank])
+    return mine
+
+
+def micro_batches(lengths: list[int], *, max_tokens: int, at_least: int = 1) -> list[list[int]]:
+    """Sample indices of each micro-batch: balanced, at most ``max_tokens`` each (a longer sample stands alone).
+
+    There are at least ``at_least`` of them, but never more than samples.
+    """
+    count = max(at_least, -(-sum(lengths) // max_tokens))
+    indices = list(range(len(lengths)))
+    while count < len(lengths):
+        parts = balanced_partition(lengths, count, indices)
+        if all(len(p) <= 1 or sum(lengths[i] for i in p) <= max_tokens for p in parts):
+            return [sorted(p) for p in parts]
+        count += 1
+    return [[i] for i in indices]
+
+
+def balanced_partition(lengths: list[int], parts: int, labels: list[int]) -> list[list[int]]:
+    """Longest first, each to the part with the fewest tokens so far, fewest members on a tie."""
+    result: list[list[int]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        target = min(range(parts), key=lambda p: (load[p], len(result[p]), p))
+        result[target].append(labels[i])
+        load[target] += lengths[i]
+    return result

@@ -1,0 +1,129 @@
+"""Row of a prompt file -> Prompt: which fields must be there, chat template, tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd.data.prompt_files import PromptDataError, Row, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 60  # characters of a bad value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    index: int  # row number in the file, from 1
+    text: str  # as tokenized: after the chat template
+    ids: tuple[int, ...]
+    label: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """A prompt file and how to read it. ``eval_prefix`` ("eval-" or "") only changes which flags the messages name."""
+
+    path: Path
+    input_key: str
+    label_key: str | None
+    metadata_key: str
+    apply_chat_template: bool
+    eval_prefix: str = ""
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.eval_prefix}prompt-data"
+
+    def error(self, rule: str, remedy: str, bad_rows: list[tuple[int, str]] | None = None) -> PromptDataError:
+        return PromptDataError.of_file(self.flag, self.path, rule, remedy, bad_rows)
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        """Every row as a prompt, tokenized in one batch.
+
+        Raises:
+            PromptDataError: a row breaks a rule; the message names the first few that do.
+        """
+        rows = read_rows(self.path, flag=self.flag)
+        self._check_fields(rows)
+        texts = self._render(rows, tokenizer)
+        token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        empty = [(number, "no tokens") for (number, _), ids in zip(rows, token_ids, strict=True) if not ids]
+        if empty:
+            raise self.error("a prompt must have at least one token", "Delete these rows.", empty)
+        return [
+            Prompt(
+                index=number,
+                text=text,
+                ids=tuple(ids),
+                label=None if self.label_key is None else _as_label(fields[self.label_key]),
+                metadata=fields.get(self.metadata_key) or {},
+            )
+            for (number, fields), text, ids in zip(rows, texts, token_ids, strict=True)
+        ]
+
+    def _check_fields(self, rows: list[Row]) -> None:
+        self._check_present(rows, self.input_key, f"--{self.eval_prefix}input-key", "")
+        self._check(rows, self.input_key, _is_prompt, "must be text or a list of chat messages ({role, content})")
+        if self.label_key is not None:
+            flag = f"--{self.eval_prefix}label-key"
+            self._check_present(rows, self.label_key, flag, f", or drop `{flag}` when no reward needs a label")
+        self._check(rows, self.metadata_key, lambda value: value is None or isinstance(value, dict), "must be a dict")
+
+    def _check_present(self, rows: list[Row], key: str, flag: str, way_out: str) -> None:
+        lacking = [
+            (number, f"its keys are {', '.join(fields)}") for number, fields in rows if fields.get(key) is None
+        ]
+        if lacking:
+            rule = f"`{flag}={key}` names a field that {len(lacking)} of {len(rows)} rows lack"
+            raise self.error(rule, f"Choose one of the existing keys with `{flag}`{way_out}.", lacking)
+
+    def _check(self, rows: list[Row], key: str, is_good: Callable[[Any], bool], rule: str) -> None:
+        bad = [(number, repr(fields.get(key))[:SHOWN]) for number, fields in rows if not is_good(fields.get(key))]
+        if bad:
+            raise self.error(f"field `{key}` {rule}", "Fix these rows, or name another field.", bad)
+
+    def _render(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        values = [(number, fields[self.input_key]) for number, fields in rows]
+        if self.apply_chat_template:
+            return self._render_chats(values, tokenizer)
+        lists = [(number, f"{len(value)} messages") for number, value in values if not isinstance(value, str)]
+        if lists:
+            rule = "prompts that are lists of chat messages need `--apply-chat-template`"
+            raise self.error(rule, "Add that flag, or give the prompts as text.", lists)
+        return [value for _, value in values]
+
+    def _render_chats(self, values: list[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        if not tokenizer.chat_template:
+            raise self.error(
+                "`--apply-chat-template` needs a tokenizer with a chat template, and that of --hf-checkpoint has none",
+                "Drop the flag, or put a chat_template.jinja beside tokenizer_config.json.",
+            )
+        import jinja2  # what chat templates are written in; comes with transformers
+
+        texts = []
+        for number, value in values:
+            messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except jinja2.TemplateError as error:
+                rule = "the tokenizer's chat template refuses a prompt"
+                raise self.error(rule, "Fix the messages.", [(number, str(error))]) from error
+            texts.append(text)
+        return texts
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
+    return isinstance(value, str)
+
+
+def _as_label(value: Any) -> str:
+    """Reward rules compare text; numbers and lists in the file become the text JSON has for them."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

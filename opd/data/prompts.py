@@ -1,0 +1,168 @@
+"""Prompts, tokenized once, and the cursor that hands them out epoch after epoch.
+
+Token ids are what the engines receive (SGLang's ``input_ids``, the embedded engine's rows) and what the teacher scores;
+nothing tokenizes a prompt again. No special tokens are added: a chat template has already written those it wants, and a
+plain prompt is taken as it is, as slime does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from array import array
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd.data.prompt_files import PromptDataError
+from opd.data.prompt_rows import Prompt, PromptSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Prompt", "PromptDataError", "PromptDataset"]
+logger = logging.getLogger(__name__)
+
+
+class PromptDataset:
+    """The usable prompts of one file. ``take`` walks through epochs without end; ``all`` is for evaluation.
+
+    Args:
+        apply_chat_template: render with the tokenizer's template; a string counts as one user message.
+        max_prompt_len: tokens; longer prompts are skipped and counted in ``skipped``.
+        max_context_len: tokens of prompt and answer; a prompt must leave room for one answer token.
+        shuffle: epoch ``e`` is shuffled with ``seed + e``; without it every epoch is in file order.
+        for_evaluation: only changes which flags the error messages name.
+
+    Raises:
+        PromptDataError: the file or one of its rows cannot be used; nothing is left to fail later in the run.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        input_key: str,
+        label_key: str | None,
+        metadata_key: str,
+        tokenizer: PreTrainedTokenizerBase,
+        apply_chat_template: bool = False,
+        max_prompt_len: int | None = None,
+        max_context_len: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        for_evaluation: bool = False,
+    ) -> None:
+        self._source = PromptSource(
+            path=Path(path),
+            input_key=input_key,
+            label_key=label_key,
+            metadata_key=metadata_key,
+            apply_chat_template=apply_chat_template,
+            eval_prefix="eval-" if for_evaluation else "",
+        )
+        prompts = self._source.load(tokenizer)
+        self._prompts = self._drop_long(prompts, max_prompt_len, max_context_len)
+        self.skipped = len(prompts) - len(self._prompts)
+        self.digest = _digest(self._prompts)
+        self._shuffle = shuffle
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0
+        self._order = self._order_of(0)
+
+    def __len__(self) -> int:
+        """Usable prompts."""
+        return len(self._prompts)
+
+    def all(self) -> list[Prompt]:
+        """Every prompt once, in file order; the cursor does not move."""
+        return list(self._prompts)
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next ``n`` prompts; an epoch that ends on the way is followed by the next."""
+        taken: list[Prompt] = []
+        while len(taken) < n:
+            if self._position == len(self._order):
+                self._epoch += 1
+                self._position = 0
+                self._order = self._order_of(self._epoch)
+            chosen = self._order[self._position : self._position + n - len(taken)]
+            taken += [self._prompts[i] for i in chosen]
+            self._position += len(chosen)
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        """The cursor, ready for JSON, with what is needed to see that it still fits the data."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "digest": self.digest,
+            "shuffle": self._shuffle,
+            "seed": self._seed,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Moves the cursor to where ``state`` was taken. Another order (seed, shuffling) is used, with a warning.
+
+        Raises:
+            PromptDataError: the prompts are not those of the saved run.
+        """
+        if state["digest"] != self.digest:
+            raise self._source.error(
+                f"its prompts are not those of the checkpoint (digest {self.digest}, saved {state['digest']}), so the "
+                "saved position means nothing",
+                "Give back that run's file, tokenizer, chat template and length limits, or pass --finetune to start at "
+                "step 0 from its weights.",
+            )
+        if (state["shuffle"], state["seed"]) != (self._shuffle, self._seed):
+            before, now = (state["shuffle"], state["seed"]), (self._shuffle, self._seed)
+            logger.warning(
+                "(--rollout-shuffle, --rollout-seed) was %s in the checkpoint and is %s now: the rest of epoch %d may "
+                "repeat or miss prompts",
+                *(before, now, state["epoch"]),
+            )
+        self._epoch = state["epoch"]
+        self._position = state["position"]
+        self._order = self._order_of(self._epoch)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        if self._shuffle:
+            random.Random(self._seed + epoch).shuffle(order)
+        return order
+
+    def _drop_long(
+        self, prompts: list[Prompt], max_prompt_len: int | None, max_context_len: int | None
+    ) -> list[Prompt]:
+        limits = []
+        if max_prompt_len is not None:
+            limits.append((max_prompt_len, "--rollout-max-prompt-len"))
+        if max_context_len is not None:
+            limits.append((max_context_len - 1, "the context, less one token for the answer"))
+        if not limits:
+            return prompts
+        limit, reason = min(limits)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        short = [prompt for prompt in prompts if len(prompt.ids) <= limit]
+        if not short:
+            raise self._source.error(
+                f"none of its {len(prompts)} prompts fits into {limit} tokens ({reason}); the longest has {longest}",
+                "Raise --rollout-max-prompt-len or --rollout-max-context-len, or shorten the prompts.",
+            )
+        if len(short) < len(prompts):
+            logger.warning(
+                "%s: skipped %d of %d prompts longer than %d tokens (%s); the longest has %d",
+                *(self._source.path, len(prompts) - len(short), len(prompts), limit, reason, longest),
+            )
+        return short
+
+
+def _digest(prompts: list[Prompt]) -> str:
+    """Of what training sees, not of the file: a changed tokenizer, template or limit counts, a new name does not."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(array("q", (prompt.index, len(prompt.ids), *prompt.ids)).tobytes())
+        digest.update(json.dumps([prompt.label, prompt.metadata], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
