@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import ExitStack
 
-from opd.config import ConfigError, exit_with_error, parse_config, warnings
+from opd.config import Config, ConfigError, exit_with_error, parse_config
+from opd.config import warnings as config_warnings
+from opd.errors import UserError
 
 
 def main(argv: list[str]) -> int:
+    """Exit status: 0 done, 1 stopped by something to mend, 2 refused before anything started, 130 Ctrl-C."""
     try:
         config = parse_config(argv)
+        if config.output.dry_run:
+            return show_plan(config)
+        for text in config_warnings(config):
+            print(f"warning: {text}", file=sys.stderr)
+        return train(config)
     except ConfigError as error:
         exit_with_error(error)
-    for text in warnings(config):
-        print(f"warning: {text}", file=sys.stderr)
-    if config.output.dry_run:
-        from rich import print as rich_print
-
-        from opd.config.plan import plan
-
-        rich_print(plan(config))
-        return 0
-    return train(config)
+    except UserError as error:
+        exit_with_error(error, status=1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
-def train(config) -> int:  # noqa: ANN001
+def show_plan(config: Config) -> int:
+    from rich import print as rich_print
+
+    from opd.config.plan import plan
+
+    rich_print(plan(config))
+    return 0
+
+
+def train(config: Config) -> int:
+    # What megatron-core says about missing Transformer Engine and Apex: on a CPU there is none.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|mbridge)\.")
     from opd.build import build
     from opd.step import run
 
     with ExitStack() as stack:
-        parts, state = build(config, stack)
-        run(parts, state)
+        run(*build(config, stack))
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from opd.errors import TeacherError, WeightSyncError  # noqa: F401  (raised across these seams)
 from opd.types import GenerationRequest, GenerationResult, Sample, SamplingParams, TokenBatch
 
 
@@ -81,11 +82,3 @@ class Trainer(Protocol):
     def save(self, iteration: int, *, extra: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
-
-
-class WeightSyncError(RuntimeError):
-    """An engine's weights are not the trainer's."""
-
-
-class TeacherError(RuntimeError):
-    """A teacher that cannot be used: unreachable, other tokenizer, other temperature contract."""

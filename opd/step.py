@@ -15,7 +15,8 @@ import torch
 from opd.config.schema import Config
 from opd.data.batching import make_batch
 from opd.data.prompts import Prompt, PromptDataset
-from opd.interfaces import TeacherError, Trainer
+from opd.errors import UnscoredError, UserError
+from opd.interfaces import Trainer
 from opd.megatron_backend.checkpoint_layout import CheckpointError
 from opd.report.reporter import Reporter
 from opd.rollout.driver import RolloutDriver, RolloutResult
@@ -45,56 +46,47 @@ class Parts:
 
 
 def run(parts: Parts, state: RunState) -> None:
-    """All steps after ``state.step``; saves at the interval, at the end, and before a clean stop.
+    """All steps after ``state.step``; evaluates and saves at their intervals and at the end.
 
     Raises:
-        TeacherError: too many samples of a step have no teacher score; the step before is saved first.
-        CheckpointError: the last checkpoint could not be written.
+        UserError: what a person has to mend. What was learned so far is saved first, unless the update itself failed.
     """
     config = parts.config
     last = config.rollout.num_rollout
     sync_weights(parts, version=state.step)
     if state.step == 0 and parts.eval_sets and not config.eval.skip_eval_before_train:
         report(parts, 0, evaluate(parts))
-    unsaved = False
-    try:
-        while state.step < last:
-            before = state.with_cursor(parts.prompts)
-            metrics = train_step(parts, state.step + 1)
-            state = RunState(step=state.step + 1, prompts=parts.prompts.state())
-            if parts.eval_sets and (state.step % config.eval.eval_interval == 0 or state.step == last):
-                metrics |= evaluate(parts)
-            report(parts, state.step, metrics)
-            before = state
-            unsaved = unsaved or save_due(config, state.step)
-            if unsaved:
-                unsaved = not save(parts, state, must=state.step == last)
-    except (TeacherError, KeyboardInterrupt):
-        if config.checkpoint.save and before.step > 0:
-            save(parts, before, must=True)
-        raise
+    saved = True
+    while state.step < last:
+        metrics = train_step(parts, state)
+        state = RunState(step=state.step + 1, prompts=parts.prompts.state())
+        if parts.eval_sets and (state.step % config.eval.eval_interval == 0 or state.step == last):
+            metrics |= evaluate(parts)
+        report(parts, state.step, metrics)
+        if not saved or save_due(config, state.step):
+            saved = save(parts, state, must=state.step == last)
 
 
-def train_step(parts: Parts, step: int) -> dict[str, float]:
+def train_step(parts: Parts, state: RunState) -> dict[str, float]:
     """Rollout, log-probs, training signal, update, weight sync."""
-    config, trainer = parts.config, parts.trainer
+    config, trainer, step = parts.config, parts.trainer, state.step + 1
     clock = Clock()
-    prompts = parts.prompts.take(config.rollout.rollout_batch_size)
-    rolled = generate(parts, prompts, step)
-
-    with clock("train"):
-        batch = trainer.load(rolled and make_training_batch(rolled, config))
-        batch = trainer.forward_logprobs(batch, "student")
-    with clock("teacher"):
+    with saving_on_failure(parts, state):  # up to the update nothing has been learned: a failure loses nothing
+        rolled = generate(parts, parts.prompts.take(config.rollout.rollout_batch_size), step)
+        with clock("train"):
+            batch = trainer.load(rolled and make_training_batch(rolled, config))
+            batch = trainer.forward_logprobs(batch, "student")
         if config.opd.opd_type == "megatron":
-            batch = trainer.forward_logprobs(batch, "teacher")
-    with clock("train"):
-        batch = trainer.map(partial(add_training_signal, algorithm=config.algorithm, opd=config.opd), batch)
+            with clock("teacher"):
+                batch = trainer.forward_logprobs(batch, "teacher")
+        with clock("train"):
+            batch = trainer.map(partial(add_training_signal, algorithm=config.algorithm, opd=config.opd), batch)
         metrics = batch_metrics(batch, trainer, use_opd=config.opd.use_opd)
         check_scored(metrics, config)
+    with clock("train"):
         metrics |= trainer.update(batch)
     with clock("sync"):
-        sync_weights(parts, version=step)
+        metrics["sync_error"] = sync_weights(parts, version=step)
 
     if rolled is not None:
         metrics |= rollout_metrics(rolled)
@@ -148,17 +140,24 @@ def evaluate(parts: Parts) -> dict[str, float]:
     return {"eval_accuracy": metrics[f"eval/{first}_accuracy"], **metrics, "time_eval": time.monotonic() - started}
 
 
-def sync_weights(parts: Parts, *, version: int) -> None:
-    """Gives the student's weights to the rollout engine and checks that both score the probe text alike."""
+def sync_weights(parts: Parts, *, version: int) -> float:
+    """Gives the student's weights to the rollout engine and checks that both score the probe text alike.
+
+    Returns:
+        the largest difference on the probe, in nats.
+
+    Raises:
+        WeightSyncError: it is above ``--max-logprob-mismatch``.
+    """
     weights = parts.trainer.export_weights()
     if parts.rollout is None:
         for _ in weights:  # exporting is collective: this rank takes part and drops the result
             pass
         parts.trainer.score(parts.probe)
-        return
+        return 0.0
     engine = parts.rollout.engine
     engine.set_weights(weights, version=version)
-    engine.verify(
+    return engine.verify(
         parts.probe.tokens[0].tolist(),
         parts.trainer.score(parts.probe).tolist(),
         tolerance=parts.config.rollout.max_logprob_mismatch,
@@ -168,10 +167,26 @@ def sync_weights(parts: Parts, *, version: int) -> None:
 def check_scored(metrics: dict[str, float], config: Config) -> None:
     share, limit = metrics.get("unscored_share", 0.0), config.opd.opd_max_unscored_share
     if share > limit:
-        raise TeacherError(
+        raise UnscoredError(
             f"{share:.0%} of this rollout's samples have no teacher score, more than --opd-max-unscored-share={limit}."
             f" Check the teacher at --rm-url={config.reward.rm_url}, then resume with --load"
         )
+
+
+@contextmanager
+def saving_on_failure(parts: Parts, state: RunState) -> Iterator[None]:
+    """Saves ``state`` when the block is stopped by something a person has to mend, or by Ctrl-C.
+
+    A save takes all ranks, so with several only an error that all of them raise leads to one.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        everywhere = parts.config.parallel.world_size == 1 or isinstance(error, UnscoredError)
+        if parts.config.checkpoint.save and state.step > 0 and everywhere:
+            save(parts, state, must=True)
+            logger.warning("step %d is saved in %s; --load resumes there", state.step, parts.config.checkpoint.save)
+        raise
 
 
 def report(parts: Parts, step: int, metrics: dict[str, float]) -> None:

@@ -51,6 +51,8 @@ def per_sample_values(batch: TokenBatch, samples: list[Sample], *, kl_coef: floa
         columns |= {"teacher_log_probs": batch.teacher_logprobs_T, "penalties": kl_coef * batch.reverse_kl_T}
     values: dict[str, list[Any]] = {name: [None] * len(samples) for name in columns}
     for name, values_T in columns.items():
-        for position, chunk in zip(batch.sample_N.tolist(), batch.per_sample(values_T), strict=True):
-            values[name][position] = chunk.tolist()
+        rows = zip(batch.sample_N.tolist(), batch.teacher_scored_N.tolist(), batch.per_sample(values_T), strict=True)
+        for position, scored, chunk in rows:
+            if scored or name == "student_log_probs":
+                values[name][position] = chunk.tolist()
     return values

@@ -10,7 +10,6 @@ from opd.config.flags import flag_text
 from opd.config.paths import check_function
 from opd.config.schema import Config
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -59,7 +58,7 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
         )
     if missing_student_weights(config) and not config.output.dry_run:
         yield (
-            f"{flag_text('hf_checkpoint', checkpoint.hf_checkpoint)} holds no weights ({', '.join('*' + s for s in WEIGHT_SUFFIXES)}), "
+            f"{flag_text('hf_checkpoint', checkpoint.hf_checkpoint)} holds no weights (*.safetensors), "
             "and neither --ref-load nor --load does. Give a complete model folder, or a torch_dist folder with --ref-load."
         )
     if opd.opd_teacher_load is not None:
@@ -74,7 +73,7 @@ def missing_student_weights(config: Config) -> bool:
 
 
 def has_hf_weights(folder: Path) -> bool:
-    return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+    return any(folder.glob("*.safetensors"))
 
 
 def _teacher_folder_rules(config: Config, folder: Path) -> Iterator[str]:
@@ -86,6 +85,8 @@ def _teacher_folder_rules(config: Config, folder: Path) -> Iterator[str]:
             f"{shown} holds neither {LATEST} (torch_dist) nor config.json (Hugging Face). Give the teacher's checkpoint folder; "
             "tools/convert_hf_to_torch_dist.py makes the former."
         )
+    if not is_torch_dist and not has_hf_weights(folder) and not config.output.dry_run:
+        yield f"{shown} holds config.json but no weights (*.safetensors). Give a complete model folder."
     if opd.opd_teacher_ckpt_step is None:
         return
     step = flag_text("opd_teacher_ckpt_step", opd.opd_teacher_ckpt_step)

@@ -205,11 +205,11 @@ def layout_rules(config: Config) -> Iterator[str]:
         )
     else:
         replicas = parallel.world_size // parallel.model_parallel_size
-        if config.samples_per_rollout and config.global_batch_size % replicas:
+        if config.samples_per_rollout and config.global_batch_size < replicas:
             name = "global_batch_size" if config.algorithm.global_batch_size else "rollout_batch_size"
             yield (
-                f"{config.global_batch_size} samples per optimizer step must be a multiple of the {replicas} data-parallel "
-                f"ranks. Change `{flag_text(name)[1:-1]}`, or the number of ranks."
+                f"{config.global_batch_size} samples per optimizer step are too few for {replicas} data-parallel ranks: each needs "
+                f"one. Raise {flag_text(name)}, or start fewer ranks."
             )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "`--sequence-parallel` needs `--tensor-model-parallel-size` of at least 2: it shards over that group. Raise the size, or drop it."

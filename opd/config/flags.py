@@ -11,9 +11,10 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from opd.config.schema import Config
+from opd.errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A flag that breaks a rule. The message names the flag, its value, the rule and the remedy."""
 
 
@@ -93,7 +94,7 @@ def flag_text(name: str, value: Any = None) -> str:
     return f"`{dashed}={value}`"
 
 
-def exit_with_error(error: Exception) -> NoReturn:
-    """One ``error:`` line on stderr, exit status 2."""
+def exit_with_error(error: Exception, status: int = 2) -> NoReturn:
+    """One ``error:`` line on stderr; 2 is for flags that break a rule, 1 for what goes wrong later."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

@@ -23,18 +23,24 @@ class MemoryItem:
     resident: bool = True  # False: only for a part of the step
 
 
-def parameters_per_rank(facts: ModelFacts, *, tp: int, pp: int) -> int:
+def parameters_per_rank(facts: ModelFacts, *, tp: int, pp: int, vocab_multiple: int = 1) -> int:
     """Of the heaviest rank: projections and tables are split over TP, norms are not; layers are split over PP.
 
-    With PP > 1 a tied table stands on the first and on the last stage.
+    Tables are padded to a multiple of ``vocab_multiple * tp`` rows. With PP > 1 a tied table stands on the first and on
+    the last stage.
     """
     replicated = 2 * facts.hidden_size + (2 * facts.kv_channels if facts.qk_layernorm else 0)
     layer = (facts.layer_parameters - replicated) // tp + replicated
-    table = facts.embedding_parameters // tp
+    table = vocabulary_rows(facts, tp=tp, vocab_multiple=vocab_multiple) * facts.hidden_size
     if pp == 1:
         tables = 2 if facts.untie_embeddings_and_output_weights else 1
         return facts.num_layers * layer + tables * table + facts.hidden_size
     return facts.num_layers // pp * layer + table + facts.hidden_size  # the last stage: head and final norm
+
+
+def vocabulary_rows(facts: ModelFacts, *, tp: int, vocab_multiple: int) -> int:
+    """Rows of the padded table on one rank."""
+    return -(-facts.vocab_size // (vocab_multiple * tp)) * vocab_multiple
 
 
 def activation_bytes_per_token(facts: ModelFacts, *, tp: int, element: int) -> int:
@@ -51,7 +57,8 @@ def estimate(config: Config, student: ModelFacts, teacher: ModelFacts | None) ->
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     element = 2 if config.model.bf16 else FP32
-    count = parameters_per_rank(student, tp=tp, pp=pp)
+    multiple = config.model.make_vocab_size_divisible_by
+    count = parameters_per_rank(student, tp=tp, pp=pp, vocab_multiple=multiple)
     kind = "bf16" if config.model.bf16 else "fp32"
     items = [
         MemoryItem(name="student weights", bytes=count * element, note=f"{count:,} numbers, {kind}"),
@@ -60,7 +67,7 @@ def estimate(config: Config, student: ModelFacts, teacher: ModelFacts | None) ->
         _activations(config, student, element),
     ]
     if teacher is not None:
-        teacher_count = parameters_per_rank(teacher, tp=tp, pp=pp)
+        teacher_count = parameters_per_rank(teacher, tp=tp, pp=pp, vocab_multiple=multiple)
         note = f"{teacher_count:,} numbers, {kind}; on the device only while it scores"
         items.append(MemoryItem(name="teacher weights", bytes=teacher_count * element, note=note, resident=False))
     if config.rollout.rollout_engine == "torch":
@@ -91,16 +98,18 @@ def _activations(config: Config, facts: ModelFacts, element: int) -> MemoryItem:
         kept = layers * element * facts.hidden_size * in_flight + per_token  # each layer's input, and one layer in full
     else:
         kept = layers * per_token * in_flight
-    logits = 2 * FP32 * facts.vocab_size // tp  # fp32 logits and their gradient
+    rows = vocabulary_rows(facts, tp=tp, vocab_multiple=config.model.make_vocab_size_divisible_by)
+    logits = 2 * FP32 * rows  # fp32 logits and their gradient
     note = f"{tokens:,} tokens per micro-batch, logits included"
     return MemoryItem(name="activations", bytes=tokens * (kept + logits), note=note, resident=False)
 
 
 def _torch_engine(config: Config, facts: ModelFacts, element: int) -> list[MemoryItem]:
-    sequences = sequences_per_rank(config)
+    """Only rank 0 decodes, with a whole model of its own."""
+    sequences = min(config.samples_per_rollout, config.rollout.rollout_max_running_requests)
     tokens = longest_sequence(config, facts)
     return [
-        MemoryItem(name="rollout weights", bytes=facts.parameter_count * element, note="the engine's own whole copy"),
+        MemoryItem(name="rollout weights", bytes=facts.parameter_count * element, note="the engine's own whole copy, on rank 0"),
         MemoryItem(
             name="rollout KV cache",
             bytes=sequences * tokens * facts.kv_values_per_token * element,
@@ -110,16 +119,10 @@ def _torch_engine(config: Config, facts: ModelFacts, element: int) -> list[Memor
     ]
 
 
-def sequences_per_rank(config: Config) -> int:
-    """Answers that one rank decodes at the same time."""
-    share = -(-config.samples_per_rollout // config.parallel.world_size)
-    return min(share, config.rollout.rollout_max_running_requests)
-
-
 def longest_sequence(config: Config, facts: ModelFacts) -> int:
     """Tokens of the longest prompt and answer that the flags allow."""
     rollout = config.rollout
     limit = min(rollout.rollout_max_context_len or facts.max_position_embeddings, facts.max_position_embeddings)
     if config.data.rollout_max_prompt_len is None:
-        return limit
+        return limit  # prompts may be as long as the context allows
     return min(limit, config.data.rollout_max_prompt_len + rollout.rollout_max_response_len)

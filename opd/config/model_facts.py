@@ -113,6 +113,8 @@ def _check_supported(raw: dict[str, Any], shown: str) -> None:
         "rope_type": (rope_type, _ROPE_TYPES),
         "use_sliding_window": (bool(raw.get("use_sliding_window")), (False,)),
         "mlp_bias": (bool(raw.get("mlp_bias")), (False,)),
+        "attention_dropout": (raw.get("attention_dropout") or 0.0, (0.0,)),
+        "partial_rotary_factor": (_rope(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)), (1.0,)),
     }
     if family != "qwen2":  # transformers' Qwen2 has QKV biases always and never reads this key
         wanted["attention_bias"] = (bool(raw.get("attention_bias")), (False,))

@@ -64,11 +64,6 @@ def _agreement_rules(config: Config, facts: ModelFacts) -> Iterator[str]:
             yield f"{flag_text(name)} contradicts `--hf-checkpoint`, whose {facts.family} config.json says otherwise. {remedy}"
     if model.group_query_attention and model.num_query_groups is None:
         yield f"`--group-query-attention` needs `--num-query-groups`. Give {facts.num_query_groups}, the model's own, or drop both."
-    if facts.vocab_size % model.make_vocab_size_divisible_by:
-        yield (
-            f"{flag_text('make_vocab_size_divisible_by', model.make_vocab_size_divisible_by)} would pad the {facts.vocab_size} rows of "
-            "`--hf-checkpoint`, and rows without a token would be sampled. Leave it out: the vocabulary is used as it is."
-        )
 
 
 def _layout_rules(config: Config, facts: ModelFacts, who: str) -> Iterator[str]:
@@ -77,8 +72,7 @@ def _layout_rules(config: Config, facts: ModelFacts, who: str) -> Iterator[str]:
         "attention heads": facts.num_attention_heads,
         "query groups": facts.num_query_groups,
         "MLP columns": facts.ffn_hidden_size,
-        "vocabulary rows": facts.vocab_size,
-    }
+    }  # the vocabulary is padded to fit
     for what, count in counts.items():
         if count % tp:
             yield (

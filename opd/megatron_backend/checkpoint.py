@@ -52,7 +52,8 @@ from opd.megatron_backend.checkpoint_layout import (
 from opd.megatron_backend.hf_bridge import bridged_model, clear_padded_rows
 
 __all__ = [
-    "CheckpointError", "Iteration", "Loaded", "hf_files", "latest_iteration", "load", "resolve", "save", "write_hf_files",
+    "CheckpointError", "Iteration", "Loaded", "hf_files", "latest_iteration", "load", "resolve", "save",
+    "weights_dtype", "write_hf_files",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,9 @@ def save(
         (writer.temporary / "common.pt").write_bytes(buffer.getbuffer())
         (writer.temporary / "extra.json").write_text(extra_text)
 
+    def write_format() -> None:
+        save_config(CheckpointingConfig("torch_dist"), str(writer.temporary))
+
     def write_rng() -> None:
         buffer = io.BytesIO()
         torch.save({"layout": _layout(), "states": _rng_states()}, buffer)
@@ -122,7 +126,7 @@ def save(
         _together(write_rng if with_rng else None)
         _write_sharded(sharded, writer.temporary)
         # Its presence says that the tensors are complete; Megatron reads the format from it.
-        _together((lambda: save_config(CheckpointingConfig("torch_dist"), str(writer.temporary))) if rank == 0 else None)
+        _together(write_format if rank == 0 else None)
         _together(writer.commit if rank == 0 else None)
     except CheckpointError as error:
         if rank == 0:
@@ -178,6 +182,17 @@ def load(
         path=path,
         extra=json.loads(extra.read_text()) if extra.is_file() else {},
     )
+
+
+def weights_dtype(path: str | Path) -> torch.dtype:
+    """The dtype in which a checkpoint's weights were saved. ``path``: a folder that ``resolve`` returned.
+
+    Raises:
+        CheckpointError: no readable index.
+    """
+    _check_metadata(Path(path))
+    tensors = dist_checkpointing.load_tensors_metadata(str(path))
+    return tensors["embedding.word_embeddings.weight"].dtype
 
 
 def _sharded_parts(model: torch.nn.Module, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
@@ -297,7 +312,7 @@ def _restore_rng(path: Path) -> None:
         return
     saved = torch.load(file, weights_only=True)
     if saved["layout"] != _layout():
-        logger.warning("RNG states of `%s` are of another layout (%s): generators keep their seeds", path, saved["layout"])
+        logger.warning("RNG states of `%s` are of layout %s: generators keep their seeds", path, saved["layout"])
         return
     states = saved["states"]
     version, internal, gauss = states["python"]

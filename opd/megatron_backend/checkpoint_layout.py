@@ -1,4 +1,4 @@
-"""Megatron's checkpoint folder: which checkpoints are there, which is the latest, and how one appears whole or not at all.
+"""Megatron's checkpoint folder: what is there, what is the latest, and how a checkpoint appears whole or not at all.
 
     DIR/latest_checkpointed_iteration.txt    "10" or "release": written last, so it only ever names a whole checkpoint
     DIR/iter_0000010/                        .metadata and *.distcp (tensors), common.pt, metadata.json, extra.json, ...
@@ -16,6 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from opd.errors import UserError
+
 Iteration = int | Literal["release"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -28,7 +30,7 @@ _HF_PATTERNS = (
 )  # fmt: skip
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be found, read or written. The message names the folder and what to do."""
 
 

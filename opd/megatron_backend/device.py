@@ -3,7 +3,7 @@
 megatron-core names the accelerator in a few dozen places: ``device=torch.cuda.current_device()``, ``device="cuda"``,
 ``tensor.cuda()``, CUDA RNG states, ``param.type() == "torch.cuda.FloatTensor"``. Each of them means "the device this
 rank computes on". Without CUDA that device is the CPU, and ``install`` makes those names say so. With CUDA only the
-repair of the distributed optimizer is applied.
+repairs of the distributed optimizer and of torchvision, where they are needed, are applied.
 
 Call ``install`` before anything imports megatron: its modules bind some of these names at import time.
 """
@@ -13,10 +13,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from opd.torchvision_ops import define_missing_ops
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -41,7 +44,10 @@ def install(local_rank: int | None = None) -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         device = _CPU
+        # Said by a dozen megatron and mbridge modules at import; this package is what runs in their place.
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope)")
         _redirect_cuda_to_cpu()
+    define_missing_ops()
     _keep_adam_steps_apart()
     return device
 

@@ -36,7 +36,8 @@ class ParallelSizes:
             raise ValueError(
                 f"{world_size} training ranks do not divide into model copies of {self.model_ranks} ranks "
                 f"(--tensor-model-parallel-size {self.tp} x --pipeline-model-parallel-size {self.pp} x "
-                f"--context-parallel-size {self.cp}): start a multiple of {self.model_ranks} ranks, or lower one of them."
+                f"--context-parallel-size {self.cp}). "
+                "Start a multiple of that, or lower one of them."
             )
         return copies
 

@@ -12,31 +12,31 @@ its bridges (its own classes stay as they are):
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from mbridge.core import LLMBridge
+from mbridge.core.util import unwrap_model
+from mbridge.models import LLaMABridge, Qwen2Bridge, Qwen3Bridge
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from opd.torchvision_ops import define_missing_ops
+from opd.errors import UserError  # noqa: E402
+from opd.megatron_backend.groups import ParallelSizes
+from opd.megatron_backend.layers import layer_spec
 
-define_missing_ops()  # mbridge imports transformers' models
-
-from mbridge.core import LLMBridge  # noqa: E402
-from mbridge.core.util import unwrap_model  # noqa: E402
-from mbridge.models import LLaMABridge, Qwen2Bridge, Qwen3Bridge  # noqa: E402
-from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core import tensor_parallel  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from transformers import AutoConfig, PretrainedConfig  # noqa: E402
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
-
-from opd.megatron_backend.groups import ParallelSizes  # noqa: E402
-from opd.megatron_backend.layers import layer_spec  # noqa: E402
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError):
     """A Hugging Face model that this backend cannot represent. The message names what and why."""
 
 
@@ -85,7 +85,9 @@ def check_supported(hf_config: PretrainedConfig) -> None:
             f"RoPE type `{rope['rope_type']}` in the {kind} config is not supported (only default and llama3)"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(f"`partial_rotary_factor={rope['partial_rotary_factor']}` is not supported (only 1)")
+        raise UnsupportedModelError(
+            f"`partial_rotary_factor={rope['partial_rotary_factor']}` is not supported (only 1.0)"
+        )
 
 
 def rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def build_model(
     make_vocab_size_divisible_by: int = 1,
     random_init: bool = False,
 ) -> BridgedModel:
-    """This rank's pipeline stage on this rank's device, parameters in ``dtype``, not wrapped (no DDP, no Float16Module).
+    """This rank's pipeline stage on this rank's device, parameters in ``dtype``, wrapped in nothing.
 
     Needs ``groups.init_distributed``. The vocabulary is padded to a multiple of
     ``make_vocab_size_divisible_by * sizes.tp``; padded rows are zero after a load and left out of an export, and their
@@ -200,6 +202,23 @@ def load_hf_weights(model: torch.nn.Module, path: str | Path) -> None:
         raise FileNotFoundError(f"`{path}` holds no *.safetensors weights")
     bridged = bridged_model(model)
     bridged.bridge.load_weights([bridged], str(path))
+
+
+def hf_weights_dtype(path: str | Path) -> torch.dtype:
+    """The dtype of the weights in ``*.safetensors``, which config.json may state wrongly; the widest of several, so
+    that no weight is rounded.
+
+    Raises:
+        FileNotFoundError: no safetensors in the folder.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"`{path}` holds no *.safetensors weights")
+    found: set[torch.dtype] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            found |= {SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()] for name in weights.keys()}
+    return functools.reduce(torch.promote_types, found)
 
 
 @torch.no_grad()

@@ -135,8 +135,8 @@ class SdpaAttention(MegatronModule):
         cp = self.cp_group.size()
         if sum(lengths) != query.size(0) * cp:
             raise ValueError(
-                f"packed_seq_params describe {sum(lengths)} tokens, but {query.size(0)} x {cp} context-parallel rank(s) "
-                "were given: end cu_seqlens with the padded total."
+                f"packed_seq_params describe {sum(lengths)} tokens, but {query.size(0)} x {cp} (context-parallel "
+                "ranks) were given: end cu_seqlens with the padded total."
             )
         plan = pack_plan(lengths, cp, self.cp_group.rank(), query.device)
         outputs = []
@@ -211,9 +211,7 @@ def pack_plan(lengths: tuple[int, ...], cp: int, rank: int, device: torch.device
         mask = _causal_mask(torch.stack(mask_rows), keys)[:, None].to(device) if cp > 1 else None
         real_queries = is_real.flatten().nonzero()[:, 0]
         order.append(query_index.flatten()[real_queries])
-        buckets.append(
-            Bucket(query_index.to(device), real_queries.to(device), torch.stack(key_rows).to(device), mask)
-        )
+        buckets.append(Bucket(query_index.to(device), real_queries.to(device), torch.stack(key_rows).to(device), mask))
     return PackPlan(tuple(buckets), torch.cat(order).argsort().to(device))
 
 

@@ -18,12 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from opd.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 
 
-class MetricsError(RuntimeError):
+class MetricsError(UserError):
     """The metrics file cannot be written or read. The message names the file and what to do."""
 
 

@@ -15,14 +15,11 @@ from typing import Any
 
 from opd.background_loop import BackgroundLoop
 from opd.data.prompts import Prompt
+from opd.errors import RewardError
 from opd.interfaces import PostProcessFn, RewardFn, RolloutEngine
 from opd.types import GenerationRequest, GenerationResult, Sample, SampleStatus, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-class RewardError(RuntimeError):
-    """A reward function raised, or returned something that is no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,7 @@ class RolloutDriver:
         """Writes and scores ``samples_per_prompt`` answers to each prompt; ``advance`` is told each one's tokens.
 
         Raises:
-            RewardError: see above. An aborted answer is no error: its reward is 0 and training leaves it out.
+            RewardError: a reward function raised, or gave no number. An aborted answer is no error: its reward is 0 and training leaves it out.
         """
         started = time.monotonic()
         samples = self._new_samples(prompts, samples_per_prompt, first_index)

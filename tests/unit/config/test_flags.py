@@ -49,7 +49,6 @@ def test_the_manuals_megatron_mode() -> None:
 
 
 def test_the_manuals_sglang_mode_with_slimes_own_paths(workplace: Path, command: Callable[..., list[str]]) -> None:
-    (workplace / "opd_rewards_stub").mkdir()
     config = parse_flags(command("sglang", SGLANG_MODE))
     assert config.opd.opd_type == "sglang"
     assert config.reward.rm_url == "http://10.0.0.1:13141/generate"

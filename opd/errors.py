@@ -1,0 +1,27 @@
+"""Errors meant for the person at the terminal: one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Base of every error that ``train.py`` and the tools print as one ``error:`` line, without a traceback."""
+
+
+class TeacherError(UserError):
+    """A teacher that cannot be used: unreachable, other tokenizer, other temperature contract."""
+
+
+class UnscoredError(TeacherError):
+    """Too large a share of a rollout has no teacher score. Raised on every rank."""
+
+
+class WeightSyncError(UserError):
+    """An engine's weights are not the trainer's."""
+
+
+class EngineError(UserError):
+    """A rollout engine that does not answer any more."""
+
+
+class RewardError(UserError):
+    """A reward function raised, or returned something that is no number."""

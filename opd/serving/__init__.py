@@ -1,0 +1,1 @@
+"""SGLang servers: start, watch, stop, talk to. Importing this package imports no engine."""

@@ -1,0 +1,106 @@
+"""Runs the stock SGLang server, on machines without a GPU too.
+
+    python -m opd.serving.sglang_cpu [--parent-pid PID] SERVER_ARGS...
+
+SGLang's own workers are spawned and import the main module again, so they get the CPU preparations as well. With CUDA
+nothing is changed. ``--parent-pid`` ends the server and its workers when that process is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Sequence
+from typing import Any
+
+PARENT_POLL_SECONDS = 1.0
+
+
+def install() -> None:
+    """Makes ``import sglang`` work without CUDA. Idempotent; no-op with CUDA."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    from opd.torchvision_ops import define_missing_ops
+
+    define_missing_ops()
+    if not any(isinstance(finder, _KernelStubFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_KernelStubFinder())  # last, so that a real sgl_kernel wins
+
+
+class _KernelStub(types.ModuleType):
+    """``sgl_kernel`` has no CPU wheel. SGLang imports its names at module level and calls few of them on CPU paths:
+    every name is a function that raises when it is called."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError(f"{self.__name__}.{name} needs a GPU build of sgl_kernel, and this machine has none")
+
+        missing.__name__ = name
+        return missing
+
+
+class _KernelStubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the top-level package only: SGLang tests for submodules and takes another path when they are absent."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "sgl_kernel":
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _KernelStub(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """The stub has nothing to run."""
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["--parent-pid"]:
+        _end_with_parent(int(argv[1]))
+        argv = argv[2:]
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    try:
+        run_server(prepare_server_args(argv))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """Kills this process group once ``parent_pid`` is no longer our parent.
+
+    The kernel's parent-death signal would be simpler, but it fires when the *thread* that started us ends.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(PARENT_POLL_SECONDS)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    install()
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Hugging Face folder -> Megatron's torch_dist format.
+
+    python tools/convert_hf_to_torch_dist.py --hf-checkpoint Qwen3-0.6B --save Qwen3-0.6B_torch_dist
+
+Writes SAVE/release (weights, unchanged to the bit), SAVE/hf (config and tokenizer) and the tracker file. MODEL_ARGS of
+scripts/models may be passed and are compared with the model's config.json, which is what decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from opd.config.flags import ConfigError, build_parser, exit_with_error  # noqa: E402
+from opd.config.model_facts import ModelFacts, read_model_facts  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    try:
+        options = _parse(argv)
+        _check_output(Path(options.save), force=options.force)
+        _convert(options)
+    except (ConfigError, OSError, RuntimeError, ValueError) as error:
+        exit_with_error(error)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="convert_hf_to_torch_dist.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--hf-checkpoint", required=True, help="Hugging Face folder with safetensors weights")
+    parser.add_argument("--save", required=True, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace a conversion that --save holds already")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the folder")
+    options, rest = parser.parse_known_args(argv)
+    # A slime script passes all its MODEL_ARGS; flags that say nothing about the model are of no interest here.
+    model_flags, _ = build_parser().parse_known_args(rest)
+    facts = read_model_facts(options.hf_checkpoint, flag="--hf-checkpoint")
+    for field in fields(ModelFacts):
+        given, own = getattr(model_flags, field.name, None), getattr(facts, field.name)
+        contradicts = (given and not own) if isinstance(own, bool) else (given is not None and given != own)
+        if contradicts:
+            flag = "--" + field.name.replace("_", "-")
+            raise ConfigError(
+                f"`{flag}={given}` contradicts `--hf-checkpoint`, whose config.json says {own}. Drop the flag, or "
+                "source the scripts/models file of this model."
+            )
+    return options
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"`--save={output}` is a file. Choose a folder.")
+    if not force and output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"`--save={output}` is not empty. Choose another folder, or replace what it holds: --force.")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    # Conversion needs memory, not arithmetic: host memory holds models that no single GPU does.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("starting Megatron", total=None)
+        from opd.megatron_backend import device, groups
+
+        rank_device = device.install()
+        from opd.megatron_backend import convert
+
+        sizes = groups.ParallelSizes()
+        groups.init_distributed(sizes, device=rank_device)
+        try:
+            done = convert.hf_to_torch_dist(
+                Path(options.hf_checkpoint),
+                Path(options.save),
+                sizes,
+                trust_remote_code=options.trust_remote_code,
+                say=lambda text: progress.update(task, description=text),
+            )
+        finally:
+            groups.shutdown()
+    dtype = str(done.dtype).removeprefix("torch.")
+    console.print(f"{done.num_parameters:,} parameters in {dtype} -> {done.path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
