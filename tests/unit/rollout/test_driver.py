@@ -1,0 +1,101 @@
+import threading
+
+import pytest
+
+from opd.data.prompts import Prompt
+from opd.errors import RewardError
+from opd.rollout.driver import RolloutDriver, keep_rewards
+from opd.types import GenerationResult, SampleStatus, SamplingParams
+
+PROMPTS = [Prompt(index=i, text=f"p{i}", ids=(5, 6 + i), label=str(i), metadata={"i": i}) for i in range(3)]
+
+
+class ScriptedEngine:
+    """Answers in reverse order; key 1 is aborted."""
+
+    def __init__(self, before_last=lambda: None):
+        self.before_last = before_last
+
+    def generate(self, requests, params):
+        for request in reversed(requests):
+            if request is requests[0]:
+                self.before_last()
+            aborted = request.key == 101
+            yield GenerationResult(
+                key=request.key,
+                response_ids=[] if aborted else [request.key, 9],
+                log_probs=[] if aborted else [-1.0, -2.0],
+                status=SampleStatus.ABORTED if aborted else SampleStatus.COMPLETED,
+                weight_version=3,
+            )
+
+    def close(self):
+        pass
+
+
+async def label_reward(args, sample, **kwargs):
+    return float(sample.label) + args["bonus"]
+
+
+def run(reward=label_reward, post_process=keep_rewards, engine=None, **kwargs):
+    driver = RolloutDriver(
+        engine or ScriptedEngine(), reward=reward, post_process=post_process, args={"bonus": 10}, decode=str
+    )
+    try:
+        return driver.run(PROMPTS, samples_per_prompt=2, first_index=100, params=SamplingParams(), **kwargs)
+    finally:
+        driver.close()
+
+
+def test_samples_come_back_in_order_with_everything_filled_in():
+    result = run()
+    assert [s.index for s in result.samples] == list(range(100, 106))
+    assert [s.group_index for s in result.samples] == [0, 0, 1, 1, 2, 2]
+    assert result.rewards == [10, 0, 11, 11, 12, 12]  # 101 was aborted
+    sample = result.samples[4]
+    assert (sample.tokens, sample.response_length, sample.response_ids) == ([5, 8, 104, 9], 2, [104, 9])
+    assert (sample.rollout_log_probs, sample.weight_version, sample.metadata) == ([-1.0, -2.0], 3, {"i": 2})
+    assert result.samples[1].status is SampleStatus.ABORTED
+
+
+def test_rewards_run_while_the_engine_still_decodes():
+    started = threading.Event()
+
+    async def reward(args, sample, **kwargs):
+        started.set()
+        return 1.0
+
+    overlapped = []
+    run(reward, engine=ScriptedEngine(before_last=lambda: overlapped.append(started.wait(5))))
+    assert overlapped == [True]
+
+
+def test_post_processing_decides_what_the_estimator_uses_and_the_raw_reward_is_kept():
+    def halve(args, samples, **kwargs):
+        raw = [s.reward for s in samples]
+        return raw, [r / 2 for r in raw]
+
+    result = run(post_process=halve)
+    assert result.samples[0].reward == 10 and result.rewards[0] == 5
+
+
+def test_progress_hears_of_every_sample():
+    tokens = []
+    run(advance=tokens.append)
+    assert sorted(tokens) == [0, 2, 2, 2, 2, 2]
+
+
+def test_a_failing_reward_function_is_named():
+    async def broken(args, sample, **kwargs):
+        raise KeyError("answer")
+
+    with pytest.raises(RewardError, match="reward function .*broken failed on sample 105: KeyError: 'answer'"):
+        run(broken)
+
+
+def test_a_reward_that_is_no_number_is_refused():
+    async def text(args, sample, **kwargs):
+        return "good"
+
+    with pytest.raises(RewardError, match="the reward of sample 100 is 'good': a number is needed"):
+        run(text)
