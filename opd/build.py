@@ -190,7 +190,11 @@ def _rewards(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]:
     from opd.rewards.on_policy_distillation import post_process_rewards, reward_func
 
     task_reward = custom if custom not in (None, reward_func) else _rule(config)
-    store_scores = post_process_rewards if process in (keep_rewards, post_process_rewards) else _both(post_process_rewards, process)
+    store_scores = (
+        post_process_rewards
+        if process in (keep_rewards, post_process_rewards)
+        else _both(post_process_rewards, process)
+    )
     return task_reward, partial(reward_func, task_reward=task_reward), store_scores
 
 

@@ -98,7 +98,7 @@ def train_step(parts: Parts, state: RunState) -> dict[str, float]:
 
 
 def generate(parts: Parts, prompts: list[Prompt], step: int) -> RolloutResult | None:
-    """The step's samples; None on ranks that do not generate. A sample's index, and so its noise, follows from the step."""
+    """The samples of a step; None on ranks that do not generate. Their indices, hence their noise, follow from it."""
     if parts.rollout is None:
         return None
     config = parts.config

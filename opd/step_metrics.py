@@ -45,7 +45,7 @@ def rollout_metrics(rolled: RolloutResult) -> dict[str, float]:
 
 
 def per_sample_values(batch: TokenBatch, samples: list[Sample], *, kl_coef: float) -> dict[str, list[Any]]:
-    """Per-token lists by position in ``samples``, for ``report.samples``; None for a sample outside this rank's share."""
+    """Per-token lists by position in ``samples``, for ``report.samples``; None for a sample of another rank's share."""
     columns = {"student_log_probs": batch.student_kl_logprobs_T}
     if batch.reverse_kl_T is not None:
         columns |= {"teacher_log_probs": batch.teacher_logprobs_T, "penalties": kl_coef * batch.reverse_kl_T}

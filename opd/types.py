@@ -72,7 +72,9 @@ class GenerationRequest:
 class GenerationResult:
     key: int
     response_ids: list[int]
-    log_probs: list[float]  # log softmax(logits / temperature) of each response id, nats; not renormalised by top-p/top-k
+    log_probs: list[
+        float
+    ]  # log softmax(logits / temperature) of each response id, nats; not renormalised by top-p/top-k
     status: SampleStatus
     weight_version: int | None = None
 

@@ -50,9 +50,10 @@ class Package:
 
 
 _SGLANG_PROBE = "from opd.serving import sglang_cpu; sglang_cpu.install(); import sglang.srt.server_args"
+_MBRIDGE_PROBE = "from opd.megatron_backend import device; device.install(); import opd.megatron_backend.hf_bridge"
 PACKAGES = (
     Package(name="megatron-core", module="megatron.core", purpose="trainer", probe="import megatron.core.models.gpt"),
-    Package(name="mbridge", module="mbridge", purpose="Hugging Face weights in Megatron", probe="import opd.megatron_backend.hf_bridge"),
+    Package(name="mbridge", module="mbridge", purpose="Hugging Face weights in Megatron", probe=_MBRIDGE_PROBE),
     Package(name="transformers", module="transformers", purpose="tokenizer, torch engine"),
     Package(name="aiohttp", module="aiohttp", purpose="teacher client"),
     Package(name="psutil", module="psutil", purpose="checkpoint saves hang without it"),
@@ -91,8 +92,13 @@ def check_environment(*, deep: bool = False) -> list[Row]:
 
 def _python() -> Row:
     version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Row(name="Python", found=version, state=State.MISSING, remedy="install Python 3.11 and run PYTHON=python3.11 make setup")
+    if Version(version) < Version("3.11"):
+        return Row(
+            name="Python",
+            found=version,
+            state=State.MISSING,
+            remedy="install Python 3.11 and run PYTHON=python3.11 make setup",
+        )
     return Row(name="Python", found=f"{version}, {sys.prefix}")
 
 
@@ -109,7 +115,9 @@ def _torch() -> list[Row]:
             rows.append(Row(name=f"CUDA device {index}", found=f"{device.name}, {device.total_memory / GIB:.0f} GiB"))
         rows.append(Row(name="mode", found="GPU: NCCL, CPU shims inactive"))
     else:
-        rows.append(Row(name="CUDA devices", found="none", state=State.NOTE, remedy="the same code runs on the CPU, over gloo"))
+        rows.append(
+            Row(name="CUDA devices", found="none", state=State.NOTE, remedy="the same code runs on the CPU, over gloo")
+        )
         rows.append(Row(name="mode", found="CPU: gloo, CPU shims of Megatron and SGLang active"))
     return rows
 
@@ -122,23 +130,37 @@ def _package(package: Package, *, deep: bool) -> Row:
     except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
         spec = None
     if spec is None:
-        return Row(name=package.name, found=f"not installed ({package.purpose})", state=absent, remedy=_install(package.name))
+        return Row(
+            name=package.name, found=f"not installed ({package.purpose})", state=absent, remedy=_install(package.name)
+        )
     if deep:
         error = _import_error(package)
         if error:
-            return Row(name=package.name, found=f"{version} does not import: {error}", state=absent, remedy=_install(package.name))
+            return Row(
+                name=package.name,
+                found=f"{version} does not import: {error}",
+                state=absent,
+                remedy=_install(package.name),
+            )
     pinned = _pins().get(package.name)
     if pinned is not None and Version(version) != Version(pinned):
-        return Row(name=package.name, found=f"{version} ({package.purpose})", state=State.NOTE, remedy=f"tested with {pinned}")
+        return Row(
+            name=package.name, found=f"{version} ({package.purpose})", state=State.NOTE, remedy=f"tested with {pinned}"
+        )
     return Row(name=package.name, found=f"{version} ({package.purpose})")
 
 
 def _import_error(package: Package) -> str:
     """The last line of the traceback when the probe fails in a fresh process, else nothing."""
     statement = package.probe or f"import {package.module}"
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(LOCK.parent), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(LOCK.parent), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
+    }
     try:
-        ended = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=300, env=environ)
+        ended = subprocess.run(
+            [sys.executable, "-c", statement], capture_output=True, text=True, timeout=300, env=environ
+        )
     except subprocess.TimeoutExpired:
         return "no end after 300 s"
     if ended.returncode == 0:
@@ -163,7 +185,12 @@ def _processors() -> Row:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is None:
-        return Row(name="processors", found=f"{usable}", state=State.NOTE, remedy="export OMP_NUM_THREADS=1 when several processes share them")
+        return Row(
+            name="processors",
+            found=f"{usable}",
+            state=State.NOTE,
+            remedy="export OMP_NUM_THREADS=1 when several processes share them",
+        )
     return Row(name="processors", found=f"{usable}, OMP_NUM_THREADS={threads}")
 
 
@@ -175,7 +202,12 @@ def _memory() -> Row:
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
     if memory.available < 4 * GIB:
-        return Row(name="memory", found=found, state=State.NOTE, remedy="an SGLang server takes about 2 GiB, a training process 1 to 2")
+        return Row(
+            name="memory",
+            found=found,
+            state=State.NOTE,
+            remedy="an SGLang server takes about 2 GiB, a training process 1 to 2",
+        )
     return Row(name="memory", found=found)
 
 
@@ -184,13 +216,22 @@ def _space(name: str, path: Path, *, least: float) -> Row:
         return Row(name=name, found="does not exist", state=State.NOTE, remedy="processes share tensors through it")
     free = shutil.disk_usage(path).free / GIB
     if free < least:
-        return Row(name=name, found=f"{free:.1f} GiB free", state=State.NOTE, remedy=f"free some space: {least:g} GiB are comfortable")
+        return Row(
+            name=name,
+            found=f"{free:.1f} GiB free",
+            state=State.NOTE,
+            remedy=f"free some space: {least:g} GiB are comfortable",
+        )
     return Row(name=name, found=f"{free:.1f} GiB free at {path}")
 
 
 def show(rows: list[Row]) -> None:
     missing = [row for row in rows if row.state is State.MISSING]
-    verdict = f"{len(missing)} required part{'s' if len(missing) != 1 else ''} missing" if missing else "everything required is here"
+    verdict = (
+        f"{len(missing)} required part{'s' if len(missing) != 1 else ''} missing"
+        if missing
+        else "everything required is here"
+    )
     if importlib.util.find_spec("rich") is None:
         for row in rows:
             print(f"{row.state.value:8} {row.name:16} {row.found}  {row.remedy}")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import ConfigError, build_parser, exit_with_error  # noqa: E402
 from opd.config.model_facts import ModelFacts, read_model_facts  # noqa: E402
+from opd.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> None:
         options = _parse(argv)
         _check_output(Path(options.save), force=options.force)
         _convert(options)
-    except (ConfigError, OSError, RuntimeError, ValueError) as error:
+    except (UserError, OSError) as error:
         exit_with_error(error)
 
 

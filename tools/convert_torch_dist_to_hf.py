@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import ConfigError, exit_with_error  # noqa: E402
+from opd.errors import UserError  # noqa: E402
 from opd.megatron_backend.checkpoint_layout import hf_files, resolve  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
         origin = _origin(options)
         _check_output(Path(options.output_dir), force=options.force)
         _convert(source, origin, options)
-    except (ConfigError, OSError, RuntimeError, ValueError) as error:
+    except (UserError, OSError) as error:
         exit_with_error(error)
 
 

@@ -26,31 +26,46 @@ def _signal_warnings(config: Config) -> Iterator[str]:
     rollout, opd = config.rollout, config.opd
     if opd.use_opd and has_task_reward(config) and rollout.n_samples_per_prompt == 1:
         yield (
-            "the task reward is measured but teaches nothing: with --n-samples-per-prompt 1 an answer is its own group's mean, so "
+            "the task reward is measured but teaches nothing: with --n-samples-per-prompt 1 an answer is its own "
+            "group's mean, so "
             "its GRPO advantage is always 0 and only the teacher acts. Give at least 2 samples per prompt to use both."
         )
     if opd.opd_type == "sglang" and rollout.rollout_temperature != 1:
         yield (
-            f"the reverse KL is measured at temperature 1 on both sides, although answers are sampled at {rollout.rollout_temperature}: "
+            "the reverse KL is measured at temperature 1 on both sides, although answers are sampled at "
+            f"{rollout.rollout_temperature}: "
             "a server scores given tokens at temperature 1 whatever it is asked."
         )
     if opd.use_opd and opd.opd_kl_coef == 0:
-        yield "`--opd-kl-coef=0.0`: the teacher is asked and its reverse KL is logged, but it does not act on the student."
+        yield (
+            "`--opd-kl-coef=0.0`: the teacher is asked and its reverse KL is logged, but it does not act on the "
+            "student."
+        )
     if opd.opd_skip_teacher_selftest:
-        yield "`--opd-skip-teacher-selftest`: a teacher with another tokenizer would go unnoticed and push the student at random."
+        yield (
+            "`--opd-skip-teacher-selftest`: a teacher with another tokenizer would go unnoticed and push the student "
+            "at random."
+        )
 
 
 def _rollout_warnings(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.rollout_top_p < 1 or rollout.rollout_top_k != -1:
         yield (
-            f"{flag_text('rollout_top_p', rollout.rollout_top_p)} {flag_text('rollout_top_k', rollout.rollout_top_k)}: answers come from a "
-            "truncated distribution, while recorded and recomputed log-probs are those of the whole one. The reverse KL "
+            f"{flag_text('rollout_top_p', rollout.rollout_top_p)} "
+            f"{flag_text('rollout_top_k', rollout.rollout_top_k)}: answers come from a "
+            "truncated distribution, while recorded and recomputed log-probs are those of the whole one. The reverse "
+            "KL "
             "then is no expectation under the student."
         )
     engines = rollout.rollout_num_gpus // rollout.rollout_num_gpus_per_engine
-    if rollout.rollout_engine == "torch" and (rollout.rollout_num_gpus != 1 or rollout.rollout_num_gpus_per_engine != 1):
-        yield "`--rollout-num-gpus` and `--rollout-num-gpus-per-engine` are for `--rollout-engine=sglang`; the torch engine uses the training ranks."
+    if rollout.rollout_engine == "torch" and (
+        rollout.rollout_num_gpus != 1 or rollout.rollout_num_gpus_per_engine != 1
+    ):
+        yield (
+            "`--rollout-num-gpus` and `--rollout-num-gpus-per-engine` are for `--rollout-engine=sglang`; the torch "
+            "engine uses the training ranks."
+        )
     if rollout.rollout_engine == "sglang" and engines > config.samples_per_rollout:
         yield f"{engines} SGLang engines for {config.samples_per_rollout} samples per rollout: some stay idle."
 
@@ -59,7 +74,10 @@ def _schedule_warnings(config: Config) -> Iterator[str]:
     optimizer = config.optimizer
     steps = (config.rollout.num_rollout or 0) * config.optimizer_steps_per_rollout
     if 0 < steps <= optimizer.lr_warmup_iters:
-        yield f"{flag_text('lr_warmup_iters', optimizer.lr_warmup_iters)}: the run has {steps} optimizer steps, so the warm-up never ends."
+        yield (
+            f"{flag_text('lr_warmup_iters', optimizer.lr_warmup_iters)}: the run has {steps} optimizer steps, so the "
+            "warm-up never ends."
+        )
     if optimizer.lr_decay_style == "constant" and (optimizer.min_lr > 0 or optimizer.lr_decay_iters is not None):
         yield "`--min-lr` and `--lr-decay-iters` have no effect with `--lr-decay-style=constant`."
     if config.parallel.use_distributed_optimizer and config.parallel.world_size == config.parallel.model_parallel_size:

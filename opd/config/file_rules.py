@@ -32,7 +32,10 @@ def _prompt_file_rules(config: Config) -> Iterator[str]:
         if not path.is_file():
             yield f"`{flag}={name}`: no such file. Check the path."
         elif path.suffix not in (".jsonl", ".parquet"):
-            yield f"`{flag}={name}`: the name must end in .jsonl or .parquet, which says how to read it. Rename or convert the file."
+            yield (
+                f"`{flag}={name}`: the name must end in .jsonl or .parquet, which says how to read it. Rename or "
+                "convert the file."
+            )
         elif path.stat().st_size == 0:
             yield f"`{flag}={name}`: the file is empty. It needs one prompt per row."
 
@@ -59,7 +62,8 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
     if missing_student_weights(config) and not config.output.dry_run:
         yield (
             f"{flag_text('hf_checkpoint', checkpoint.hf_checkpoint)} holds no weights (*.safetensors), "
-            "and neither --ref-load nor --load does. Give a complete model folder, or a torch_dist folder with --ref-load."
+            "and neither --ref-load nor --load does. Give a complete model folder, or a torch_dist folder with "
+            "--ref-load."
         )
     if opd.opd_teacher_load is not None:
         yield from _teacher_folder_rules(config, Path(opd.opd_teacher_load))
@@ -82,7 +86,8 @@ def _teacher_folder_rules(config: Config, folder: Path) -> Iterator[str]:
     is_torch_dist = (folder / LATEST).is_file()
     if not is_torch_dist and not (folder / "config.json").is_file():
         yield (
-            f"{shown} holds neither {LATEST} (torch_dist) nor config.json (Hugging Face). Give the teacher's checkpoint folder; "
+            f"{shown} holds neither {LATEST} (torch_dist) nor config.json (Hugging Face). Give the teacher's "
+            "checkpoint folder; "
             "tools/convert_hf_to_torch_dist.py makes the former."
         )
     if not is_torch_dist and not has_hf_weights(folder) and not config.output.dry_run:
@@ -94,7 +99,9 @@ def _teacher_folder_rules(config: Config, folder: Path) -> Iterator[str]:
         yield f"{step} needs a torch_dist teacher, and {shown} is a Hugging Face folder, which has no steps. Drop it."
     iteration = f"iter_{opd.opd_teacher_ckpt_step:07d}"
     if not (folder / iteration).is_dir():
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith(("iter_", "release")))
+        found = sorted(
+            path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith(("iter_", "release"))
+        )
         there = f"it has {', '.join(found)}" if found else "it has no step at all"
         yield f"{step}: {shown} has no {iteration}: {there}. Choose an existing step."
 
@@ -107,19 +114,27 @@ def _package_rules(config: Config) -> Iterator[str]:
     for name, (wanted, package) in needed.items():
         if wanted and importlib.util.find_spec(package) is None:
             value = getattr(config.rollout, name, None)
-            yield f"{flag_text(name, value)} needs the `{package}` package, which is not installed. Install it with `pip install {package}`, or drop the flag."
+            yield (
+                f"{flag_text(name, value)} needs the `{package}` package, which is not installed. Install it with "
+                f"`pip install {package}`, or drop the flag."
+            )
 
 
 def _launcher_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     variable = config.opd.opd_teacher_api_key_env
     if variable is not None and not environ.get(variable):
-        yield f"{flag_text('opd_teacher_api_key_env', variable)}: that environment variable is not set. Export it, or drop the flag."
+        yield (
+            f"{flag_text('opd_teacher_api_key_env', variable)}: that environment variable is not set. Export it, or "
+            "drop the flag."
+        )
     if config.output.dry_run:
         return  # a plan for eight devices may be made on a laptop
     started, wanted = environ.get("WORLD_SIZE", "1"), config.parallel.world_size
     if started != str(wanted):
         per_node = config.parallel.actor_num_gpus_per_node
         yield (
-            f"{wanted} training ranks are asked for (--actor-num-nodes {config.parallel.actor_num_nodes} x --actor-num-gpus-per-node "
-            f"{per_node}) and {started} started. Start with `torchrun --nproc-per-node {per_node} train.py`, or change the flags."
+            f"{wanted} training ranks are asked for (--actor-num-nodes {config.parallel.actor_num_nodes} x "
+            "--actor-num-gpus-per-node "
+            f"{per_node}) and {started} started. Start with `torchrun --nproc-per-node {per_node} train.py`, or "
+            "change the flags."
         )

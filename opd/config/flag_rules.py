@@ -75,7 +75,10 @@ def _sglang_teacher_rules(config: Config) -> Iterator[str]:
             )
     url = config.reward.rm_url
     if url is None:
-        yield "`--opd-type=sglang` needs `--rm-url`. Give the teacher server's address, such as http://127.0.0.1:13141/generate."
+        yield (
+            "`--opd-type=sglang` needs `--rm-url`. Give the teacher server's address, such as "
+            "http://127.0.0.1:13141/generate."
+        )
     elif not _is_generate_url(url):
         yield (
             f"{flag_text('rm_url', url)} must be an http or https address that ends in /generate. "
@@ -100,7 +103,9 @@ def uses_opd_reward(config: Config) -> bool:
 
 
 def has_task_reward(config: Config) -> bool:
-    return config.reward.rm_type is not None or (config.reward.custom_rm_path is not None and not uses_opd_reward(config))
+    return config.reward.rm_type is not None or (
+        config.reward.custom_rm_path is not None and not uses_opd_reward(config)
+    )
 
 
 def reward_rules(config: Config) -> Iterator[str]:
@@ -116,19 +121,27 @@ def reward_rules(config: Config) -> Iterator[str]:
                 "Add these with --rm-url, or drop it."
             )
     if reward.rm_url is not None and not config.opd.use_opd:
-        yield f"{flag_text('rm_url', reward.rm_url)} needs `--use-opd --opd-type=sglang`: it is the teacher's address. Add these, or drop it."
+        yield (
+            f"{flag_text('rm_url', reward.rm_url)} needs `--use-opd --opd-type=sglang`: it is the teacher's address. "
+            "Add these, or drop it."
+        )
     if not has_task_reward(config) and not config.opd.use_opd:
         yield (
-            "nothing to learn from: there is no task reward and no teacher. Give `--rm-type` or `--custom-rm-path` for a "
+            "nothing to learn from: there is no task reward and no teacher. Give `--rm-type` or `--custom-rm-path` "
+            "for a "
             "task reward, or `--use-opd` for a teacher."
         )
     if reward.rm_type is not None and reward.custom_rm_path is not None and not uses_opd_reward(config):
         yield (
-            f"{flag_text('rm_type', reward.rm_type)} and {flag_text('custom_rm_path', reward.custom_rm_path)} are two task "
+            f"{flag_text('rm_type', reward.rm_type)} and {flag_text('custom_rm_path', reward.custom_rm_path)} are two "
+            "task "
             "rewards, and a sample has one. Drop one of them."
         )
     if reward.rm_type is not None and config.data.label_key is None:
-        yield f"{flag_text('rm_type', reward.rm_type)} needs `--label-key`: it compares answers with a reference. Give the field that holds it."
+        yield (
+            f"{flag_text('rm_type', reward.rm_type)} needs `--label-key`: it compares answers with a reference. Give "
+            "the field that holds it."
+        )
 
 
 def algorithm_rules(config: Config) -> Iterator[str]:
@@ -137,24 +150,35 @@ def algorithm_rules(config: Config) -> Iterator[str]:
     if high is not None and high < algorithm.eps_clip:
         yield (
             f"{flag_text('eps_clip_high', high)} must not be below {flag_text('eps_clip', algorithm.eps_clip)}: "
-            "likelier tokens would be clipped sooner than unlikelier ones. Raise it, or leave it out for a symmetric clip."
+            "likelier tokens would be clipped sooner than unlikelier ones. Raise it, or leave it out for a symmetric "
+            "clip."
         )
     if rollout.n_samples_per_prompt == 1 and not config.opd.use_opd:
         yield (
-            "`--n-samples-per-prompt=1` with `--advantage-estimator=grpo` leaves no gradient: an answer is compared with its "
+            "`--n-samples-per-prompt=1` with `--advantage-estimator=grpo` leaves no gradient: an answer is compared "
+            "with its "
             "group's mean, and alone it is the mean. Give at least 2, or add a teacher with `--use-opd`."
         )
-    if config.opd.use_opd and config.opd.opd_kl_coef == 0 and (not has_task_reward(config) or rollout.n_samples_per_prompt == 1):
+    if (
+        config.opd.use_opd
+        and config.opd.opd_kl_coef == 0
+        and (not has_task_reward(config) or rollout.n_samples_per_prompt == 1)
+    ):
         yield (
-            "`--opd-kl-coef=0.0` leaves no gradient here: the teacher has no weight, and there is no task reward that could "
-            "act (it needs --rm-type or --custom-rm-path, and at least 2 samples per prompt). Give a positive coefficient."
+            "`--opd-kl-coef=0.0` leaves no gradient here: the teacher has no weight, and there is no task reward "
+            "that could "
+            "act (it needs --rm-type or --custom-rm-path, and at least 2 samples per prompt). Give a positive "
+            "coefficient."
         )
     total = config.samples_per_rollout
     if algorithm.global_batch_size and total and total % algorithm.global_batch_size:
         yield (
-            f"{flag_text('global_batch_size', algorithm.global_batch_size)} must divide the {total} samples of a rollout "
-            f"(--rollout-batch-size {rollout.rollout_batch_size} x --n-samples-per-prompt {rollout.n_samples_per_prompt}). "
-            f"Give {_largest_divisor(total, algorithm.global_batch_size)}, or leave it out for one optimizer step per rollout."
+            f"{flag_text('global_batch_size', algorithm.global_batch_size)} must divide the {total} samples of a "
+            "rollout "
+            f"(--rollout-batch-size {rollout.rollout_batch_size} x --n-samples-per-prompt "
+            f"{rollout.n_samples_per_prompt}). "
+            f"Give {_largest_divisor(total, algorithm.global_batch_size)}, or leave it out for one optimizer step per "
+            "rollout."
         )
 
 
@@ -167,7 +191,10 @@ def rollout_rules(config: Config) -> Iterator[str]:
     if rollout.rollout_engine != "sglang":
         for name, value in given(rollout).items():
             if name.startswith("sglang_"):
-                yield f"{flag_text(name, value)} needs `--rollout-engine=sglang` (got `{rollout.rollout_engine}`). Add it, or drop the flag."
+                yield (
+                    f"{flag_text(name, value)} needs `--rollout-engine=sglang` (got `{rollout.rollout_engine}`). Add "
+                    "it, or drop the flag."
+                )
     elif rollout.rollout_num_gpus % rollout.rollout_num_gpus_per_engine:
         yield (
             f"{flag_text('rollout_num_gpus', rollout.rollout_num_gpus)} must be a multiple of "
@@ -175,20 +202,25 @@ def rollout_rules(config: Config) -> Iterator[str]:
         )
     for token_id in rollout.rollout_stop_token_ids or []:
         if token_id < 0:
-            yield f"{flag_text('rollout_stop_token_ids', rollout.rollout_stop_token_ids)}: {token_id} is no token id. Give ids from 0 up."
+            yield (
+                f"{flag_text('rollout_stop_token_ids', rollout.rollout_stop_token_ids)}: {token_id} is no token id. "
+                "Give ids from 0 up."
+            )
 
 
 def optimizer_rules(config: Config) -> Iterator[str]:
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         yield (
-            f"{flag_text('min_lr', optimizer.min_lr)} must not exceed {flag_text('lr', optimizer.lr)}: the rate decays from --lr to "
+            f"{flag_text('min_lr', optimizer.min_lr)} must not exceed {flag_text('lr', optimizer.lr)}: the rate "
+            "decays from --lr to "
             "--min-lr. Lower it."
         )
     decay = optimizer.lr_decay_iters
     if decay is not None and decay <= optimizer.lr_warmup_iters:
         yield (
-            f"{flag_text('lr_decay_iters', decay)} must be greater than {flag_text('lr_warmup_iters', optimizer.lr_warmup_iters)}: "
+            f"{flag_text('lr_decay_iters', decay)} must be greater than "
+            f"{flag_text('lr_warmup_iters', optimizer.lr_warmup_iters)}: "
             "it counts the warm-up's steps too. Raise it, or shorten the warm-up."
         )
 
@@ -197,7 +229,8 @@ def layout_rules(config: Config) -> Iterator[str]:
     parallel = config.parallel
     if parallel.world_size % parallel.model_parallel_size:
         yield (
-            f"{parallel.world_size} training ranks (--actor-num-nodes {parallel.actor_num_nodes} x --actor-num-gpus-per-node "
+            f"{parallel.world_size} training ranks (--actor-num-nodes {parallel.actor_num_nodes} x "
+            "--actor-num-gpus-per-node "
             f"{parallel.actor_num_gpus_per_node}) must be a multiple of {parallel.model_parallel_size} "
             f"(--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
             f"{parallel.pipeline_model_parallel_size} x --context-parallel-size {parallel.context_parallel_size}). "
@@ -208,11 +241,15 @@ def layout_rules(config: Config) -> Iterator[str]:
         if config.samples_per_rollout and config.global_batch_size < replicas:
             name = "global_batch_size" if config.algorithm.global_batch_size else "rollout_batch_size"
             yield (
-                f"{config.global_batch_size} samples per optimizer step are too few for {replicas} data-parallel ranks: each needs "
+                f"{config.global_batch_size} samples per optimizer step are too few for {replicas} data-parallel "
+                "ranks: each needs "
                 f"one. Raise {flag_text(name)}, or start fewer ranks."
             )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        yield "`--sequence-parallel` needs `--tensor-model-parallel-size` of at least 2: it shards over that group. Raise the size, or drop it."
+        yield (
+            "`--sequence-parallel` needs `--tensor-model-parallel-size` of at least 2: it shards over that group. "
+            "Raise the size, or drop it."
+        )
     yield from _recompute_rules(config)
 
 
@@ -222,36 +259,52 @@ def _recompute_rules(config: Config) -> Iterator[str]:
     if parallel.recompute_granularity == "full":
         for name, value in extras.items():
             if value is None:
-                yield f"`--recompute-granularity=full` needs {flag_text(name)}. Give `--recompute-method=uniform --recompute-num-layers=1`."
+                yield (
+                    f"`--recompute-granularity=full` needs {flag_text(name)}. Give `--recompute-method=uniform "
+                    "--recompute-num-layers=1`."
+                )
     else:
         for name, value in extras.items():
             if value is not None:
                 got = f"got `{parallel.recompute_granularity}`" if parallel.recompute_granularity else "it is not given"
-                yield f"{flag_text(name, value)} needs `--recompute-granularity=full` ({got}). Add it, or drop the flag."
+                yield (
+                    f"{flag_text(name, value)} needs `--recompute-granularity=full` ({got}). Add it, or drop the flag."
+                )
 
 
 def eval_rules(config: Config) -> Iterator[str]:
     evaluation = config.eval
     sets = evaluation.eval_prompt_data
     if evaluation.eval_interval is not None and sets is None:
-        yield f"{flag_text('eval_interval', evaluation.eval_interval)} needs `--eval-prompt-data`. Give a file or NAME PATH pairs."
+        yield (
+            f"{flag_text('eval_interval', evaluation.eval_interval)} needs `--eval-prompt-data`. Give a file or NAME "
+            "PATH pairs."
+        )
     if sets is not None and evaluation.eval_interval is None:
-        yield f"{flag_text('eval_prompt_data', sets)} needs `--eval-interval`. Give the number of rollouts between evaluations."
+        yield (
+            f"{flag_text('eval_prompt_data', sets)} needs `--eval-interval`. Give the number of rollouts between "
+            "evaluations."
+        )
     if sets is None:
         return
     if len(sets) > 1 and len(sets) % 2:
-        yield f"{flag_text('eval_prompt_data', sets)} has {len(sets)} words, and NAME PATH pairs have an even number. Give one PATH, or a name before each path."
+        yield (
+            f"{flag_text('eval_prompt_data', sets)} has {len(sets)} words, and NAME PATH pairs have an even number. "
+            "Give one PATH, or a name before each path."
+        )
     names = sets[::2] if len(sets) > 1 else []
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield f"{flag_text('eval_prompt_data', sets)} names `{name}` twice, and metrics carry the name. Rename one."
     if not has_task_reward(config):
         yield (
-            f"{flag_text('eval_prompt_data', sets)} needs a task reward to judge answers with. Give `--rm-type` with --label-key, "
+            f"{flag_text('eval_prompt_data', sets)} needs a task reward to judge answers with. Give `--rm-type` with "
+            "--label-key, "
             "or `--custom-rm-path`."
         )
     if evaluation.n_samples_per_eval_prompt > 1 and evaluation.eval_temperature == 0:
         yield (
-            f"{flag_text('n_samples_per_eval_prompt', evaluation.n_samples_per_eval_prompt)} with `--eval-temperature=0.0` "
+            f"{flag_text('n_samples_per_eval_prompt', evaluation.n_samples_per_eval_prompt)} with "
+            "`--eval-temperature=0.0` "
             "writes the same greedy answer each time. Give a temperature above 0, or 1 sample."
         )
 

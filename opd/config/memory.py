@@ -1,7 +1,7 @@
 """Memory of the heaviest training rank, worked out from shapes: no weights are loaded.
 
-Counts what grows with the model or the batch. Left out: the framework's own buffers, fragmentation, and the CUDA context
-(together some GiB on a GPU). Symbols: H hidden, F ffn, V vocabulary, tokens of one micro-batch.
+Counts what grows with the model or the batch. Left out: the framework's own buffers, fragmentation, and the CUDA
+context (together some GiB on a GPU). Symbols: H hidden, F ffn, V vocabulary, tokens of one micro-batch.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def _torch_engine(config: Config, facts: ModelFacts, element: int) -> list[Memor
     sequences = min(config.samples_per_rollout, config.rollout.rollout_max_running_requests)
     tokens = longest_sequence(config, facts)
     return [
-        MemoryItem(name="rollout weights", bytes=facts.parameter_count * element, note="the engine's own whole copy, on rank 0"),
+        MemoryItem(
+            name="rollout weights", bytes=facts.parameter_count * element, note="the engine's own whole copy, on rank 0"
+        ),
         MemoryItem(
             name="rollout KV cache",
             bytes=sequences * tokens * facts.kv_values_per_token * element,

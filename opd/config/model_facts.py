@@ -86,7 +86,9 @@ def read_model_facts(folder: str, *, flag: str) -> ModelFacts:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{shown}: {path.name} cannot be read as JSON ({error}). Copy the model folder again.") from error
+        raise ConfigError(
+            f"{shown}: {path.name} cannot be read as JSON ({error}). Copy the model folder again."
+        ) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{shown}: {path.name} is not a JSON object. Copy the model folder again.")
     _check_supported(raw, shown)
@@ -114,7 +116,10 @@ def _check_supported(raw: dict[str, Any], shown: str) -> None:
         "use_sliding_window": (bool(raw.get("use_sliding_window")), (False,)),
         "mlp_bias": (bool(raw.get("mlp_bias")), (False,)),
         "attention_dropout": (raw.get("attention_dropout") or 0.0, (0.0,)),
-        "partial_rotary_factor": (_rope(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)), (1.0,)),
+        "partial_rotary_factor": (
+            _rope(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)),
+            (1.0,),
+        ),
     }
     if family != "qwen2":  # transformers' Qwen2 has QKV biases always and never reads this key
         wanted["attention_bias"] = (bool(raw.get("attention_bias")), (False,))

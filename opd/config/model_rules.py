@@ -1,4 +1,4 @@
-"""Rules about the model: flags against config.json, the model against the parallel layout, the teacher against the student."""
+"""Rules about models: flags against config.json, both models against the parallel layout, teacher against student."""
 
 from __future__ import annotations
 
@@ -61,9 +61,15 @@ def _agreement_rules(config: Config, facts: ModelFacts) -> Iterator[str]:
             yield f"{flag_text(name, value)} contradicts `--hf-checkpoint`, whose config.json says {own}. {remedy}"
     for name in _SWITCHES:
         if getattr(model, name) and not getattr(facts, name):
-            yield f"{flag_text(name)} contradicts `--hf-checkpoint`, whose {facts.family} config.json says otherwise. {remedy}"
+            yield (
+                f"{flag_text(name)} contradicts `--hf-checkpoint`, whose {facts.family} config.json says otherwise. "
+                f"{remedy}"
+            )
     if model.group_query_attention and model.num_query_groups is None:
-        yield f"`--group-query-attention` needs `--num-query-groups`. Give {facts.num_query_groups}, the model's own, or drop both."
+        yield (
+            f"`--group-query-attention` needs `--num-query-groups`. Give {facts.num_query_groups}, the model's own, "
+            "or drop both."
+        )
 
 
 def _layout_rules(config: Config, facts: ModelFacts, who: str) -> Iterator[str]:
@@ -116,7 +122,8 @@ def _teacher_config_rules(config: Config) -> Iterator[str]:
         return
     if find_hf_config(str(opd.opd_teacher_load)) is None:
         yield (
-            f"{flag_text('opd_teacher_load', opd.opd_teacher_load)} holds weights but no hf/config.json to build the teacher from. "
+            f"{flag_text('opd_teacher_load', opd.opd_teacher_load)} holds weights but no hf/config.json to build the "
+            "teacher from. "
             "Give its Hugging Face folder with `--opd-teacher-hf-checkpoint`."
         )
 
@@ -125,10 +132,13 @@ def _teacher_rules(config: Config, student: ModelFacts, teacher: ModelFacts) -> 
     load = flag_text("opd_teacher_load", config.opd.opd_teacher_load)
     if teacher.vocab_size != student.vocab_size:
         yield (
-            f"{load} has a vocabulary of {teacher.vocab_size} and `--hf-checkpoint` one of {student.vocab_size}: the reverse KL compares "
+            f"{load} has a vocabulary of {teacher.vocab_size} and `--hf-checkpoint` one of {student.vocab_size}: the "
+            "reverse KL compares "
             "the same token under both. Choose a teacher with the student's tokenizer and vocabulary."
         )
-    longest = min(config.rollout.rollout_max_context_len or student.max_position_embeddings, student.max_position_embeddings)
+    longest = min(
+        config.rollout.rollout_max_context_len or student.max_position_embeddings, student.max_position_embeddings
+    )
     needed = config.rollout.rollout_max_response_len
     if config.data.rollout_max_prompt_len is not None:
         needed = min(longest, needed + config.data.rollout_max_prompt_len)

@@ -37,28 +37,47 @@ _NUCLEUS = Interval(0, 1, low_open=True)
 
 # flag -> (interval, remedy)
 INTERVALS: dict[str, tuple[Interval, str]] = {
-    "opd_kl_coef": (_ZERO_OR_MORE, "A negative weight would push the student away from the teacher: give 1.0, or 0 for task reward only."),
-    "opd_max_unscored_share": (_SHARE, "It is a share of the samples: 0.5 stops a run when half of them have no teacher score."),
+    "opd_kl_coef": (
+        _ZERO_OR_MORE,
+        "A negative weight would push the student away from the teacher: give 1.0, or 0 for task reward only.",
+    ),
+    "opd_max_unscored_share": (
+        _SHARE,
+        "It is a share of the samples: 0.5 stops a run when half of them have no teacher score.",
+    ),
     "opd_teacher_timeout": (_POSITIVE, "It is in seconds: give 60."),
     "opd_teacher_retries": (_ZERO_OR_MORE, "Give 0 to mask a sample after its first failed request."),
     "opd_teacher_concurrency": (_ONE_OR_MORE, "Give the number of scoring requests in flight, such as 64."),
-    "opd_teacher_ckpt_step": (_ZERO_OR_MORE, "Give the number of an iter_NNNNNNN folder, or leave it out for the latest."),
+    "opd_teacher_ckpt_step": (
+        _ZERO_OR_MORE,
+        "Give the number of an iter_NNNNNNN folder, or leave it out for the latest.",
+    ),
     "num_rollout": (_ONE_OR_MORE, "Give the number of rollouts in the whole run."),
     "rollout_batch_size": (_ONE_OR_MORE, "Give the number of prompts per rollout."),
     "n_samples_per_prompt": (_ONE_OR_MORE, "Give the number of answers per prompt."),
     "rollout_max_response_len": (_ONE_OR_MORE, "Give the tokens per answer."),
     "rollout_max_context_len": (Interval(2), "Leave room for a prompt and an answer."),
     "rollout_max_prompt_len": (_ONE_OR_MORE, "Give the tokens of the longest prompt to keep."),
-    "rollout_temperature": (_POSITIVE, "At 0 the student always writes its likeliest token, whose log-prob says nothing about its distribution: give 1.0."),
+    "rollout_temperature": (
+        _POSITIVE,
+        "At 0 the student always writes its likeliest token, whose log-prob says nothing about its distribution: "
+        "give 1.0.",
+    ),
     "rollout_top_p": (_NUCLEUS, "Give 1.0 to turn nucleus sampling off."),
     "rollout_max_running_requests": (_ONE_OR_MORE, "Give the answers decoded at the same time."),
     "rollout_num_gpus": (_ONE_OR_MORE, "Give the devices for SGLang engines."),
     "rollout_num_gpus_per_engine": (_ONE_OR_MORE, "Give the tensor-parallel size of one SGLang engine."),
     "sglang_server_timeout": (_POSITIVE, "It is in seconds: give 180."),
-    "sglang_mem_fraction_static": (Interval(0, 1, low_open=True, high_open=True), "It is a share of the device's memory: give 0.7."),
+    "sglang_mem_fraction_static": (
+        Interval(0, 1, low_open=True, high_open=True),
+        "It is a share of the device's memory: give 0.7.",
+    ),
     "sglang_port": (Interval(1, 65535), "Leave it out for a free port."),
     "max_logprob_mismatch": (_POSITIVE, "It is in nats: give 0.1."),
-    "global_batch_size": (_ONE_OR_MORE, "Give the samples per optimizer step, or leave it out for all samples of a rollout."),
+    "global_batch_size": (
+        _ONE_OR_MORE,
+        "Give the samples per optimizer step, or leave it out for all samples of a rollout.",
+    ),
     "eps_clip": (_BELOW_ONE, "The ratio is kept above 1 - eps: give 0.2."),
     "eps_clip_high": (_ZERO_OR_MORE, "The ratio is kept below 1 + eps: give 0.28, or leave it out."),
     "lr": (_POSITIVE, "Give a learning rate such as 1e-6."),
@@ -97,12 +116,19 @@ def number_rules(config: Config) -> Iterator[str]:
             yield f"{flag_text(name, value)} must be {interval}. {remedy}"
     for name in ("rollout_top_k", "eval_top_k"):
         if values[name] != -1 and values[name] < 1:
-            yield f"{flag_text(name, values[name])} must be -1 (off) or at least 1. Leave it out to sample from the whole vocabulary."
+            yield (
+                f"{flag_text(name, values[name])} must be -1 (off) or at least 1. Leave it out to sample from the "
+                "whole vocabulary."
+            )
     for name in ("attention_dropout", "hidden_dropout"):
         if values[name] != 0:
             yield (
-                f"{flag_text(name, values[name])} must be 0: with dropout the trainer's recomputed log-probs differ from "
+                f"{flag_text(name, values[name])} must be 0: with dropout the trainer's recomputed log-probs differ "
+                "from "
                 "the rollout's at random. Leave it out."
             )
     if values["rotary_percent"] != 1.0:
-        yield f"{flag_text('rotary_percent', values['rotary_percent'])} must be 1.0: the supported models rotate whole heads. Leave it out."
+        yield (
+            f"{flag_text('rotary_percent', values['rotary_percent'])} must be 1.0: the supported models rotate whole "
+            "heads. Leave it out."
+        )

@@ -36,7 +36,8 @@ def load_function(path: str, *, flag: str) -> Callable[..., Any]:
     function = getattr(module, name)
     if not callable(function):
         raise ConfigError(
-            f"`{flag}={path}` is of type {type(function).__name__} and cannot be called. Name a function of `{module_name}`."
+            f"`{flag}={path}` is of type {type(function).__name__} and cannot be called. Name a function of "
+            f"`{module_name}`."
         )
     return function
 
@@ -59,7 +60,10 @@ def split_path(path: str, *, flag: str) -> tuple[str, str]:
     """(module, name), with slime's modules replaced by their counterparts here."""
     module_name, _, name = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
-        raise ConfigError(f"`{flag}={path}` is not a path like `module.function`. Write the module's dotted name, a dot, and the function.")
+        raise ConfigError(
+            f"`{flag}={path}` is not a path like `module.function`. Write the module's dotted name, a dot, and the "
+            "function."
+        )
     return _SLIME_MODULES.get(module_name, module_name), name
 
 
@@ -85,7 +89,8 @@ def _defines(source: Path, name: str) -> bool:
 
 def _missing_module(flag: str, path: str, missing: str) -> str:
     return (
-        f"`{flag}={path}`: there is no module `{missing}`. Check the spelling, and put the folder that holds it on PYTHONPATH."
+        f"`{flag}={path}`: there is no module `{missing}`. Check the spelling, and put the folder that holds it on "
+        "PYTHONPATH."
     )
 
 

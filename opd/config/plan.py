@@ -28,7 +28,11 @@ def plan(config: Config) -> RenderableType:
     """
     student, teacher = student_facts(config), teacher_facts(config)
     sections = {
-        "Models": [("student", _model_line(student, config)), ("starts from", _start_line(config)), ("teacher", _teacher_line(config, teacher))],
+        "Models": [
+            ("student", _model_line(student, config)),
+            ("starts from", _start_line(config)),
+            ("teacher", _teacher_line(config, teacher)),
+        ],
         "Processes": _process_rows(config),
         "Each rollout": _rollout_rows(config),
         "Learning": _learning_rows(config),
@@ -77,7 +81,8 @@ def _model_line(facts: ModelFacts, config: Config) -> str:
     kind = "bf16" if config.model.bf16 else "fp32"
     tied = "untied" if facts.untie_embeddings_and_output_weights else "tied"
     return (
-        f"{facts.parameter_count:,} parameters, {kind}: {facts.family}, {facts.num_layers} layers, hidden {facts.hidden_size}, "
+        f"{facts.parameter_count:,} parameters, {kind}: {facts.family}, {facts.num_layers} layers, hidden "
+        f"{facts.hidden_size}, "
         f"ffn {facts.ffn_hidden_size}, {facts.num_attention_heads} heads in {facts.num_query_groups} groups of "
         f"{facts.kv_channels}, vocabulary {facts.vocab_size} ({tied}), {facts.max_position_embeddings} positions"
     )
@@ -104,7 +109,10 @@ def _teacher_line(config: Config, teacher: ModelFacts | None) -> str:
     if not opd.use_opd:
         return "none"
     if teacher is None:
-        return f"server at {config.reward.rm_url}, {opd.opd_teacher_concurrency} requests in flight, {opd.opd_teacher_retries} retries of {opd.opd_teacher_timeout:g} s"
+        return (
+            f"server at {config.reward.rm_url}, {opd.opd_teacher_concurrency} requests in flight, "
+            f"{opd.opd_teacher_retries} retries of {opd.opd_teacher_timeout:g} s"
+        )
     step = opd.opd_teacher_ckpt_step if opd.opd_teacher_ckpt_step is not None else _latest(opd.opd_teacher_load or "")
     at = f", checkpoint {step}" if step is not None else ""
     return f"co-loaded from {opd.opd_teacher_load}{at}: {_model_line(teacher, config)}"
@@ -112,21 +120,28 @@ def _teacher_line(config: Config, teacher: ModelFacts | None) -> str:
 
 def _process_rows(config: Config) -> Rows:
     parallel, rollout = config.parallel, config.rollout
-    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     dp = parallel.world_size // parallel.model_parallel_size
     layout = f"tensor {tp} x pipeline {pp} x context {cp} x data {dp}"
     if parallel.sequence_parallel:
         layout += ", sequence parallel"
     if parallel.use_distributed_optimizer:
         layout += ", optimizer states sharded"
-    start = "python train.py" if parallel.world_size == 1 else f"torchrun --nproc-per-node {parallel.actor_num_gpus_per_node} train.py"
-    if parallel.actor_num_nodes > 1:
-        start = f"torchrun --nnodes {parallel.actor_num_nodes} --nproc-per-node {parallel.actor_num_gpus_per_node} train.py, on each machine"
+    nodes, per_node = parallel.actor_num_nodes, parallel.actor_num_gpus_per_node
+    start = "python train.py"
+    if nodes > 1:
+        start = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} train.py, on each machine"
+    elif per_node > 1:
+        start = f"torchrun --nproc-per-node {per_node} train.py"
+    decode = "torch engine inside the first training process"
     if rollout.rollout_engine == "sglang":
-        engines = rollout.rollout_num_gpus // rollout.rollout_num_gpus_per_engine
-        decode = f"{engines} SGLang server{'s' if engines > 1 else ''} of tensor-parallel size {rollout.rollout_num_gpus_per_engine}"
-    else:
-        decode = "torch engine inside the training processes"
+        size = rollout.rollout_num_gpus_per_engine
+        engines = rollout.rollout_num_gpus // size
+        decode = f"{engines} SGLang server{'s' if engines > 1 else ''} of tensor-parallel size {size}"
     return [
         ("training", f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''}: {layout}"),
         ("start with", start),
@@ -141,7 +156,11 @@ def _rollout_rows(config: Config) -> Rows:
     top += f", top-k {rollout.rollout_top_k}" if rollout.rollout_top_k != -1 else ""
     return [
         ("samples", f"{rollout.rollout_batch_size} prompts x {rollout.n_samples_per_prompt} answers = {total} samples"),
-        ("answers", f"at most {rollout.rollout_max_response_len:,} tokens each ({total * rollout.rollout_max_response_len:,} in all), temperature {rollout.rollout_temperature:g}{top}"),
+        (
+            "answers",
+            f"at most {rollout.rollout_max_response_len:,} tokens each ({total * rollout.rollout_max_response_len:,} "
+            f"in all), temperature {rollout.rollout_temperature:g}{top}",
+        ),
         ("prompts", f"{config.data.prompt_data}{', shuffled' if config.data.rollout_shuffle else ''}"),
     ]
 
@@ -158,9 +177,16 @@ def _learning_rows(config: Config) -> Rows:
     return [
         ("signal", signal),
         ("task reward", reward),
-        ("optimizer steps", f"{steps} per rollout of {config.global_batch_size} samples, {steps * rollouts:,} in {rollouts:,} rollouts"),
+        (
+            "optimizer steps",
+            f"{steps} per rollout of {config.global_batch_size} samples, {steps * rollouts:,} in {rollouts:,} rollouts",
+        ),
         ("micro-batches", f"packed to at most {config.parallel.max_tokens_per_gpu:,} tokens per rank"),
-        ("learning rate", f"{optimizer.lr:g} after {optimizer.lr_warmup_iters} warm-up steps{decay}, gradient norm clipped at {optimizer.clip_grad:g}"),
+        (
+            "learning rate",
+            f"{optimizer.lr:g} after {optimizer.lr_warmup_iters} warm-up steps{decay}, gradient norm clipped at "
+            f"{optimizer.clip_grad:g}",
+        ),
         ("ratio clip", f"[{1 - algorithm.eps_clip:g}, {1 + high:g}]"),
     ]
 
@@ -172,7 +198,12 @@ def _evaluation_rows(config: Config) -> Rows:
     how = "greedy" if evaluation.eval_temperature == 0 else f"temperature {evaluation.eval_temperature:g}"
     sets = ", ".join(f"{name} ({path})" for name, path in config.eval_sets)
     first = "" if evaluation.skip_eval_before_train else "before the first rollout and "
-    return [("evaluation", f"{sets}: {first}every {evaluation.eval_interval} rollouts, {evaluation.n_samples_per_eval_prompt} x {how}")]
+    return [
+        (
+            "evaluation",
+            f"{sets}: {first}every {evaluation.eval_interval} rollouts, {evaluation.n_samples_per_eval_prompt} x {how}",
+        )
+    ]
 
 
 def _file_rows(config: Config) -> Rows:
@@ -180,6 +211,10 @@ def _file_rows(config: Config) -> Rows:
     if checkpoint.save is None:
         saves = "none"
     else:
-        when = "at the end" if checkpoint.save_interval is None else f"every {checkpoint.save_interval} rollouts and at the end"
+        when = (
+            "at the end"
+            if checkpoint.save_interval is None
+            else f"every {checkpoint.save_interval} rollouts and at the end"
+        )
         saves = f"{checkpoint.save}, {when}"
     return [("checkpoints", saves), ("output", config.output.output_dir or "none given")]

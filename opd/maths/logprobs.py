@@ -30,7 +30,9 @@ def token_logprobs(
         ValueError: lengths differ, or ``temperature`` is not positive.
     """
     if logits_TV.shape[0] != token_ids_T.shape[0]:
-        raise ValueError(f"{logits_TV.shape[0]} rows of logits for {token_ids_T.shape[0]} tokens: one row per token is needed")
+        raise ValueError(
+            f"{logits_TV.shape[0]} rows of logits for {token_ids_T.shape[0]} tokens: one row per token is needed"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")
     return _TokenLogprobs.apply(logits_TV, token_ids_T, float(temperature), group)

@@ -37,8 +37,8 @@ def subtract_reverse_kl(
     reverse_kl_T = torch.where(counts_T, difference_T, torch.zeros_like(difference_T))
     if not torch.isfinite(reverse_kl_T).all():
         raise ValueError(
-            f"{int((~torch.isfinite(reverse_kl_T)).sum())} of {int(counts_T.sum())} tokens have a NaN or infinite log-prob;"
-            " mask samples whose score is not finite"
+            f"{int((~torch.isfinite(reverse_kl_T)).sum())} of {int(counts_T.sum())} tokens have a NaN or infinite"
+            " log-prob; mask samples whose score is not finite"
         )
     penalty_T = reverse_kl_T if clip is None else reverse_kl_T.clamp(-clip, clip)
     return advantages_T.detach() - coef * penalty_T, reverse_kl_T

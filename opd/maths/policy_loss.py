@@ -1,4 +1,4 @@
-"""PPO's clipped surrogate (arXiv 1707.06347), token by token, with separate lower and upper clips (DAPO, arXiv 2503.14476)."""
+"""PPO's clipped surrogate (arXiv 1707.06347) per token, with separate lower and upper clips (arXiv 2503.14476)."""
 
 from __future__ import annotations
 

@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 # Optimizer state is stored per parameter, so that any layout can load it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
+_EXTRA_STATE = "_extra_state"
+
 
 class Scheduler(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
@@ -166,7 +168,9 @@ def load(
             f"checkpoint `{path}` does not fit this model{' and optimizer' if optimizer is not None else ''}: "
             f"{_first_line(error)}"
         ) from error
-    bridged_model(model).load_state_dict(state["model"])
+    inner = bridged_model(model)
+    unused = {key: None for key in inner.state_dict() if key.endswith(_EXTRA_STATE)}
+    inner.load_state_dict(state["model"] | unused)
     clear_padded_rows(model)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -206,6 +210,9 @@ def _sharded_parts(model: torch.nn.Module, optimizer: Any | None, *, is_loading:
         parts["optimizer"] = optimizer.sharded_state_dict(
             parts["model"], is_loading=is_loading, metadata=dict(_METADATA)
         )
+    if is_loading:
+        # Transformer Engine's fp8 scales: nothing in bf16 or fp32, and torch would unpickle them freely.
+        parts["model"] = {key: value for key, value in parts["model"].items() if not key.endswith(_EXTRA_STATE)}
     return parts
 
 
@@ -224,8 +231,14 @@ def _write_sharded(sharded: dict[str, Any], folder: Path) -> None:
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     except CheckpointException as failure:  # raised on every rank
-        reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
+        reasons = "; ".join(f"rank {rank}: {_reason(error)}" for rank, (error, _) in failure.failures.items())
         raise CheckpointError(reasons) from failure
+
+
+def _reason(error: BaseException) -> str:
+    if "inline_container" in str(error):  # what torch's file writer says of a short write, instead of the OSError
+        return f"a file could not be written whole, as when the disk is full ({error})"
+    return str(error)
 
 
 def _together(action: Callable[[], object] | None) -> None:

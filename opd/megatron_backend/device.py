@@ -27,6 +27,16 @@ _FACTORIES = (
     "zeros_like", "ones_like", "empty_like", "full_like",
 )  # fmt: skip
 
+# Dependencies' remarks about themselves, dozens of lines at every start, that nobody who runs us can act on.
+_KNOWN_WARNINGS = (
+    ".*(Apex|Transformer Engine)",  # this package is what runs in their place
+    ".*cuda_graph_scope",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS",
+    "Please use DTensor instead",  # megatron-core's checkpoint format
+    ".*(reduce_scatter_tensor|all_gather_into_tensor). is deprecated",  # megatron-core's optimizer
+    "The .grad attribute of a Tensor that is not a leaf",  # megatron-core looks for it everywhere
+)
+
 
 def install(local_rank: int | None = None) -> torch.device:
     """Prepares torch and megatron-core for this process and returns its device. Idempotent.
@@ -35,6 +45,8 @@ def install(local_rank: int | None = None) -> torch.device:
         local_rank: index of this rank's GPU on its machine; without it ``LOCAL_RANK``, else the current device.
             Ignored without CUDA.
     """
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     if torch.cuda.is_available():
         if local_rank is None and "LOCAL_RANK" in os.environ:
             local_rank = int(os.environ["LOCAL_RANK"])
@@ -44,8 +56,6 @@ def install(local_rank: int | None = None) -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         device = _CPU
-        # Said by a dozen megatron and mbridge modules at import; this package is what runs in their place.
-        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|cuda_graph_scope)")
         _redirect_cuda_to_cpu()
     define_missing_ops()
     _keep_adam_steps_apart()
@@ -64,6 +74,11 @@ def _redirect_cuda_to_cpu() -> None:
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
     # Gradient-norm clipping and the RNG tracker move small tensors with ``.cuda()``.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+    # A ``with torch.device(...)`` block knows the factories by identity, from a list made when one is first used. Made
+    # after the replacements below it would miss the real ones: transformers, which builds models under
+    # ``torch.device("meta")``, then loads weights but leaves RoPE frequencies uninitialised, without a word.
+    with torch.device("cpu"):
+        torch.empty(0)
     # ``device="cuda"`` literals, and pinned buffers, which need a CUDA driver.
     for name in _FACTORIES:
         setattr(torch, name, _without_cuda(getattr(torch, name)))

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from opd.errors import UserError  # noqa: E402
+from opd.errors import UserError
 from opd.megatron_backend.groups import ParallelSizes
 from opd.megatron_backend.layers import layer_spec
 
@@ -140,7 +140,6 @@ def build_model(
         recompute_method=recompute_method,
         recompute_num_layers=recompute_num_layers,
         calculate_per_token_loss=calculate_per_token_loss,
-        perform_initialization=random_init,
         use_cpu_initialization=not on_gpu,
         # Pipeline stages exchange activations of packs, whose lengths differ.
         variable_seq_lengths=True,
@@ -152,6 +151,10 @@ def build_model(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
+    if not random_init:
+        # Not perform_initialization=False: that would also leave out the marks that say how a weight is sharded, which
+        # the gradient norm and the export go by.
+        bridge.set_extra_args(init_method=_no_init, output_layer_init_method=_no_init, embedding_init_method=_no_init)
     bridge.vocab_size = hf_config.vocab_size
     multiple = bridge.make_vocab_size_divisible_by
     bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / multiple) * multiple
@@ -197,11 +200,15 @@ def load_hf_weights(model: torch.nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no safetensors in the folder.
+        UnsupportedModelError: the folder lacks weights that its config announces.
     """
     if not any(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"`{path}` holds no *.safetensors weights")
     bridged = bridged_model(model)
-    bridged.bridge.load_weights([bridged], str(path))
+    try:
+        bridged.bridge.load_weights([bridged], str(path))
+    except (KeyError, ValueError) as error:  # mbridge's for a name that is in no file
+        raise UnsupportedModelError(f"the weights in `{path}` are not those of its config.json: {error}") from error
 
 
 def hf_weights_dtype(path: str | Path) -> torch.dtype:
@@ -210,6 +217,7 @@ def hf_weights_dtype(path: str | Path) -> torch.dtype:
 
     Raises:
         FileNotFoundError: no safetensors in the folder.
+        UnsupportedModelError: quantized weights.
     """
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
@@ -217,7 +225,10 @@ def hf_weights_dtype(path: str | Path) -> torch.dtype:
     found: set[torch.dtype] = set()
     for file in files:
         with safe_open(file, framework="pt") as weights:
-            found |= {SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()] for name in weights.keys()}
+            names = {weights.get_slice(name).get_dtype() for name in weights.keys()}
+        if unknown := names - SAFETENSORS_DTYPES.keys():
+            raise UnsupportedModelError(f"`{file}` holds {', '.join(unknown)} weights: dequantize the model first")
+        found |= {SAFETENSORS_DTYPES[name] for name in names}
     return functools.reduce(torch.promote_types, found)
 
 
@@ -239,6 +250,10 @@ def bridged_model(model: torch.nn.Module) -> BridgedModel:
     if not isinstance(inner, BridgedModel):
         raise TypeError(f"{type(inner).__name__} was not made by build_model")
     return inner
+
+
+def _no_init(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 class _LowestLogits:

@@ -36,8 +36,8 @@ def pack(
     """Packs whole samples one after the other.
 
     With context parallelism each is padded to a multiple of ``2 * cp_size`` and this rank keeps chunks ``cp_rank`` and
-    ``2 * cp_size - 1 - cp_rank`` of it. A last padding sequence rounds the total up to ``total_multiple`` (what sequence
-    parallelism splits evenly). Padding sits behind a sequence, where nothing that counts looks at it.
+    ``2 * cp_size - 1 - cp_rank`` of it. A last padding sequence rounds the total up to ``total_multiple``, for sequence
+    parallelism to split evenly. Padding sits behind a sequence, where nothing that counts looks at it.
     """
     chunks = 2 * cp_size if cp_size > 1 else 1
     padded = [_round_up(len(t), chunks) for t in tokens]

@@ -55,9 +55,7 @@ def run(
 
     def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         micro, packed = next(iterator)
-        output = model(
-            packed.input_ids_1P, packed.position_ids_1P, None, packed_seq_params=packed.packed_seq_params
-        )
+        output = model(packed.input_ids_1P, packed.position_ids_1P, None, packed_seq_params=packed.packed_seq_params)
 
         def loss(logits_1PV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             value, outputs = loss_fn(micro, packed, logits_1PV[0].index_select(0, packed.rows_R))
@@ -77,12 +75,16 @@ def run(
         )
 
 
-def response_logprobs(model: torch.nn.Module, batch: TokenBatch, *, max_tokens: int, temperatures: list[float]) -> list[torch.Tensor]:
+def response_logprobs(
+    model: torch.nn.Module, batch: TokenBatch, *, max_tokens: int, temperatures: list[float]
+) -> list[torch.Tensor]:
     """Log-probs (nats, float32, on the CPU) of all response tokens of ``batch`` at each temperature, on every rank."""
     tp_group = mpu.get_tensor_model_parallel_group()
     group = tp_group if tp_group.size() > 1 else None
 
-    def score(micro: TokenBatch, packed: PackedMicroBatch, logits_RV: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def score(
+        micro: TokenBatch, packed: PackedMicroBatch, logits_RV: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scores = [token_logprobs(logits_RV, packed.target_ids_R, temperature=t, group=group) for t in temperatures]
         whole = torch.zeros(len(temperatures), packed.response_tokens, device=logits_RV.device)
         whole[:, packed.place_R] = torch.stack(scores).float()
@@ -105,7 +107,9 @@ def response_logprobs(model: torch.nn.Module, batch: TokenBatch, *, max_tokens: 
 def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     """Gives every pipeline stage the last one's values, in place."""
     if mpu.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(tensor, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+        dist.broadcast(
+            tensor, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
+        )
     return tensor
 
 

@@ -32,7 +32,10 @@ class MegatronTrainer:
         self._teacher = teacher
         self._max_tokens = config.parallel.max_tokens_per_gpu * config.parallel.context_parallel_size
         clip = config.algorithm
-        self._eps = {"eps_low": clip.eps_clip, "eps_high": clip.eps_clip if clip.eps_clip_high is None else clip.eps_clip_high}
+        self._eps = {
+            "eps_low": clip.eps_clip,
+            "eps_high": clip.eps_clip if clip.eps_clip_high is None else clip.eps_clip_high,
+        }
 
     def load(self, batch: TokenBatch | None) -> TokenBatch:
         """This data-parallel rank's share of rank 0's batch; the other ranks pass None."""
@@ -74,7 +77,9 @@ class MegatronTrainer:
         """One optimizer step for each ``optimizer_step_N``; metrics are averages over these steps."""
         steps_N = batch.optimizer_step_N.tolist()
         number = self._config.optimizer_steps_per_rollout
-        results = [self._optimizer_step(batch.select([i for i, s in enumerate(steps_N) if s == k])) for k in range(number)]
+        results = [
+            self._optimizer_step(batch.select([i for i, s in enumerate(steps_N) if s == k])) for k in range(number)
+        ]
         return {name: sum(r[name] for r in results) / number for name in results[0]}
 
     def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
@@ -92,7 +97,7 @@ class MegatronTrainer:
         return export_hf_weights(self._student.model)
 
     def score(self, batch: TokenBatch) -> torch.Tensor:
-        """Temperature-1 log-probs of the student on any batch, whole on every rank: what a rollout engine must agree with."""
+        """Temperature-1 log-probs of the student, whole on every rank: what a rollout engine must agree with."""
         return response_logprobs(self._student.model, batch, max_tokens=self._max_tokens, temperatures=[1.0])[0]
 
     def save(self, iteration: int, *, extra: dict[str, Any]) -> None:
@@ -128,7 +133,9 @@ class MegatronTrainer:
         group = tp_group if tp_group.size() > 1 else None
         temperature = self._config.rollout.rollout_temperature
 
-        def loss(micro: TokenBatch, packed: PackedMicroBatch, logits_RV: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(
+            micro: TokenBatch, packed: PackedMicroBatch, logits_RV: torch.Tensor
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             def mine(values_T: torch.Tensor) -> torch.Tensor:
                 return values_T.to(logits_RV.device)[packed.place_R]
 
@@ -152,7 +159,9 @@ class MegatronTrainer:
         learning_rate = optimizer.param_groups[0]["lr"]
         successful, grad_norm, _ = optimizer.step()
         if not successful:
-            raise FloatingPointError("the gradients hold NaN or infinity; the weights were not updated. Lower --lr, or check the rewards")
+            raise FloatingPointError(
+                "the gradients hold NaN or infinity; the weights were not updated. Lower --lr, or check the rewards"
+            )
         self._student.scheduler.step(increment=1)
         metrics = self._global_sums(outputs, ["policy_loss", "clip_fraction"])
         return {**metrics, "grad_norm": float(grad_norm), "lr": float(learning_rate)}

@@ -66,7 +66,8 @@ class RolloutDriver:
         """Writes and scores ``samples_per_prompt`` answers to each prompt; ``advance`` is told each one's tokens.
 
         Raises:
-            RewardError: a reward function raised, or gave no number. An aborted answer is no error: its reward is 0 and training leaves it out.
+            RewardError: a reward function raised, or gave no number. An aborted answer is no error: its reward is 0 and
+                training leaves it out.
         """
         started = time.monotonic()
         samples = self._new_samples(prompts, samples_per_prompt, first_index)
@@ -125,7 +126,9 @@ class RolloutDriver:
             return future.result()
         except Exception as error:  # whatever a user's function raises: name the function and the sample
             name = getattr(self._reward, "__qualname__", repr(self._reward))
-            raise RewardError(f"reward function {name} failed on sample {sample.index}: {type(error).__name__}: {error}") from error
+            raise RewardError(
+                f"reward function {name} failed on sample {sample.index}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def keep_rewards(args: Any, samples: list[Sample], **_: Any) -> tuple[list[float], list[float]]:

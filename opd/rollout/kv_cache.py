@@ -16,9 +16,13 @@ import torch
 class RaggedKVCache:
     """Passed as ``past_key_values`` to an unmodified transformers decoder with full attention."""
 
-    def __init__(self, model_config: Any, *, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model_config: Any, *, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         heads = model_config.num_key_value_heads
-        head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+        head_dim = (
+            getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+        )
         shape = (model_config.num_hidden_layers, rows, heads, capacity, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -34,7 +38,9 @@ class RaggedKVCache:
         slots = torch.arange(self._visible, device=positions_RT.device)
         return (slots[None, None, :] <= positions_RT[:, :, None])[:, None]
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """transformers' hook: stores [R, K, T, D] and returns everything visible, [R, K, visible, D]."""
         rows_R = self._rows_R1[:, 0]
         self.keys[layer][self._rows_R1, :, self._positions_RT] = keys.transpose(1, 2)

@@ -20,7 +20,9 @@ def request_noise(seed: int, key: int, count: int) -> torch.Tensor:
     return torch.from_numpy(generator.random(count))
 
 
-def sample_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_tokens(
+    logits_BV: torch.Tensor, uniforms_B: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids, log-probs in nats) of one draw per row.
 
     The log-prob is ``log softmax(logits / temperature)`` of the token, before top-k and top-p: what SGLang reports

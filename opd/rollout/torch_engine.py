@@ -57,7 +57,9 @@ class TorchEngine:
             return
         longest = max(len(r.prompt_ids) for r in requests)
         if longest >= self.max_context_len:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room for an answer within {self.max_context_len} tokens")
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room for an answer within {self.max_context_len} tokens"
+            )
         cache = RaggedKVCache(
             self.model.config,
             rows=min(self.max_running_requests, len(requests)),
@@ -103,12 +105,16 @@ class TorchEngine:
                 if name not in state:
                     raise WeightSyncError(f"the rollout model has no tensor `{name}`: student and trainer differ")
                 if state[name].shape != tensor.shape:
-                    raise WeightSyncError(f"`{name}` is {tuple(tensor.shape)}, the rollout model's is {tuple(state[name].shape)}")
+                    raise WeightSyncError(
+                        f"`{name}` is {tuple(tensor.shape)}, the rollout model's is {tuple(state[name].shape)}"
+                    )
                 state[name].copy_(tensor)
                 loaded.add(state[name].data_ptr())
         missing = [name for name, tensor in state.items() if tensor.data_ptr() not in loaded]
         if missing:
-            raise WeightSyncError(f"{len(missing)} tensors of the rollout model got no weights, the first is `{missing[0]}`")
+            raise WeightSyncError(
+                f"{len(missing)} tensors of the rollout model got no weights, the first is `{missing[0]}`"
+            )
         self.weight_version = version
 
     @torch.inference_mode()
@@ -159,7 +165,9 @@ class TorchEngine:
         copies = source_B != target_B
         if bool(copies.any()):
             cache.copy_rows(source_B[copies], target_B[copies], length)
-        return logits_UV[torch.tensor([prompt_index[row.request.prompt_ids] for row in admitted.values()], device=device)]
+        return logits_UV[
+            torch.tensor([prompt_index[row.request.prompt_ids] for row in admitted.values()], device=device)
+        ]
 
     def _decode(self, cache: RaggedKVCache, rows: dict[int, _Row]) -> torch.Tensor:
         """Logits [B, V] after the last token of each row."""
@@ -170,7 +178,12 @@ class TorchEngine:
         return self._forward(cache, ids_B1, rows_B, positions_B1, torch.zeros_like(rows_B))
 
     def _forward(
-        self, cache: RaggedKVCache, ids_BT: torch.Tensor, rows_B: torch.Tensor, positions_BT: torch.Tensor, last_B: torch.Tensor
+        self,
+        cache: RaggedKVCache,
+        ids_BT: torch.Tensor,
+        rows_B: torch.Tensor,
+        positions_BT: torch.Tensor,
+        last_B: torch.Tensor,
     ) -> torch.Tensor:
         mask = cache.place(rows_B, positions_BT)
         hidden_BTH = self.model.model(

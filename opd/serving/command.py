@@ -11,8 +11,9 @@ from pathlib import Path
 # SGLang keeps some positions of a context to itself (input at most context - 6, output one less than what is left), so
 # a server whose context is exactly the longest sequence we want would cut that sequence short.
 CONTEXT_SLACK = 8
-# Without a limit the CPU engine sizes its KV cache by the machine's whole memory.
-CPU_MAX_TOTAL_TOKENS = 65_536
+# Without a limit the CPU engine sizes its KV cache by the machine's whole memory. 16,384 tokens of Qwen3-0.6B in
+# float32 are 3.7 GB; requests that do not fit wait in the server's queue.
+CPU_MAX_TOTAL_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ def server_command(options: ServerOptions, *, host: str, port: int, parent_pid: 
         *("--max-running-requests", str(options.max_running_requests)),
         *("--tp-size", str(options.tp_size)),
         *("--random-seed", str(options.random_seed)),
+        *("--log-level-http", "warning"),
         "--skip-server-warmup",  # ``SGLangServer.wait_ready`` sends the first request itself
     ]
     max_total_tokens = options.max_total_tokens

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 RETRIED_STATUSES = frozenset({408, 425, 429}) | frozenset(range(500, 600))
 BACKOFF_FIRST_SECONDS = 0.25
 BACKOFF_LONGEST_SECONDS = 10.0
+KEEPALIVE_SECONDS = 4.0  # SGLang closes idle connections after 5: never reuse one that it is about to close
 
 
 class HttpError(RuntimeError):
@@ -91,9 +92,10 @@ class JsonClient:
         return await self._request("POST", path, payload, give_up)
 
     async def close(self) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        keeper = self._keeper
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
 
     async def _request(
         self, method: str, path: str, payload: dict[str, Any] | None, give_up: Callable[[], bool] = lambda: False
@@ -123,7 +125,8 @@ class JsonClient:
                     raw = await response.read()
                     status = response.status
             except TimeoutError as error:
-                raise HttpError("timeout", f"{url} did not answer within {self.timeout_s:g} s", retryable=True) from error
+                detail = f"{url} did not answer within {self.timeout_s:g} s"
+                raise HttpError("timeout", detail, retryable=True) from error
             except aiohttp.ClientPayloadError as error:
                 raise HttpError("bad_json", f"{url} broke off its answer ({error})", retryable=True) from error
             except (aiohttp.ClientError, OSError) as error:
@@ -154,7 +157,7 @@ class JsonClient:
             headers["Authorization"] = f"Bearer {self.api_key}"
         self._slots = asyncio.Semaphore(self.concurrency)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.concurrency, keepalive_timeout=30),
+            connector=aiohttp.TCPConnector(limit=self.concurrency, keepalive_timeout=KEEPALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=self.timeout_s),
             headers=headers,
         )
@@ -164,7 +167,7 @@ class JsonClient:
         try:
             await asyncio.Event().wait()
         finally:
-            self._session = None
+            self._session = self._slots = self._keeper = None
             await session.close()
 
 

@@ -17,17 +17,15 @@ from pathlib import Path
 
 import psutil
 
+from opd.errors import EngineError
 from opd.serving.command import ServerOptions, server_command, server_environment
 
 logger = logging.getLogger(__name__)
 
-LOG_TAIL_LINES = 25
+LOG_TAIL_LINES = 12
+LOG_LINE_CHARACTERS = 300  # one line of SGLang's log holds all its settings, 12,000 characters
 TERM_SECONDS = 1.5  # SGLang polls for its end every 5 s; nothing of ours is lost when it is killed instead
 POLL_SECONDS = 0.2
-
-
-class ServerError(RuntimeError):
-    """A server that did not come up, or is gone."""
 
 
 class SGLangServer:
@@ -59,7 +57,7 @@ class SGLangServer:
                 start_new_session=True,  # a process group of its own, so that stopping reaches every worker
             )
         # Runs when this object is collected and at interpreter exit, so that an exception leaves no orphans.
-        self._finalizer = weakref.finalize(self, _stop_group, self._process)
+        self._finalizer = weakref.finalize(self, _stop_group, self._process, os.getpid())
         logger.info("SGLang server %s starting at %s, log in %s", options.model_path, self.url, self.log_path)
 
     @property
@@ -78,7 +76,7 @@ class SGLangServer:
         """Returns the seconds waited, once the server has generated a token.
 
         Raises:
-            ServerError: it ended or did not answer in time; the message carries the end of its log. It is stopped.
+            EngineError: it ended or did not answer in time; the message carries the end of its log. It is stopped.
         """
         started = time.monotonic()
         while not self._answers():
@@ -95,7 +93,8 @@ class SGLangServer:
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
         with self.log_path.open("rb") as log:
             log.seek(max(0, self.log_path.stat().st_size - 16_384))
-            return "\n".join(log.read().decode("utf-8", errors="replace").splitlines()[-lines:])
+            text = log.read().decode("utf-8", errors="replace")
+        return "\n".join(line[:LOG_LINE_CHARACTERS] for line in text.splitlines()[-lines:])
 
     def stop(self) -> None:
         """Ends the server and its workers: SIGTERM, then SIGKILL. Safe to call twice."""
@@ -119,9 +118,9 @@ class SGLangServer:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
-    def _failure(self, what: str) -> ServerError:
+    def _failure(self, what: str) -> EngineError:
         self.stop()
-        return ServerError(
+        return EngineError(
             f"the SGLang server for `{self.options.model_path}` at {self.url} {what}. "
             f"The end of its log ({self.log_path}):\n{self.log_tail()}"
         )
@@ -133,8 +132,10 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
+def _stop_group(process: subprocess.Popen[bytes], owner: int) -> None:
     """Ends the process, its group and whatever its workers started in groups of their own."""
+    if os.getpid() != owner:  # a fork of the owner is exiting
+        return
     workers = _descendants(process)
     _signal_group(process.pid, signal.SIGTERM)
     try:

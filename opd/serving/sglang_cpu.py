@@ -47,7 +47,7 @@ class _KernelStub(types.ModuleType):
             raise AttributeError(name)
 
         def missing(*args: Any, **kwargs: Any) -> None:
-            raise NotImplementedError(f"{self.__name__}.{name} needs a GPU build of sgl_kernel, and this machine has none")
+            raise NotImplementedError(f"{self.__name__}.{name} needs a GPU build of sgl_kernel")
 
         missing.__name__ = name
         return missing

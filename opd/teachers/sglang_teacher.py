@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from typing import Any
 
-from opd.interfaces import TeacherError
+from opd.errors import TeacherError
 from opd.serving.http import HttpError, HttpStats, JsonClient, base_url
 
 # Prompts whose first score is in flight or done. It only bounds memory: forgetting one costs one prefill.
@@ -51,7 +51,7 @@ class SGLangTeacher:
     ) -> None:
         self.http = JsonClient(base_url(url), timeout_s, retries, concurrency, api_key)
         self._lead_prompts = lead_prompts
-        self._led: OrderedDict[int, asyncio.Event] = OrderedDict()  # hash of the prompt's ids -> its first score is done
+        self._led: OrderedDict[int, asyncio.Event] = OrderedDict()  # hash of a prompt's ids -> its first score is done
 
     @property
     def stats(self) -> TeacherStats:
@@ -68,7 +68,7 @@ class SGLangTeacher:
         prompt_length = len(tokens) - response_length
         if response_length < 0 or prompt_length < 1:
             raise TeacherScoreError(
-                "prompt", f"{len(tokens)} tokens with a response of {response_length} leave no prompt to predict it from"
+                "prompt", f"{len(tokens)} tokens, {response_length} of them response, leave no prompt before it"
             )
         if not self._lead_prompts:
             return await self._score(tokens, response_length)

@@ -1,4 +1,4 @@
-"""A folder with stub models (config.json and an empty weight file) and valid command lines to break one flag at a time."""
+"""Stub models (config.json and an empty weight file), and valid command lines to break one flag at a time."""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from opd.config import parse_config, warnings
 from opd.config.flags import ConfigError, flag_text, parse_flags
 from opd.config.schema import Config
 
-MEGATRON_MODE = "--use-opd --opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load /ckpt/teacher --opd-teacher-ckpt-step 5"
+MEGATRON_MODE = (
+    "--use-opd --opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load /ckpt/teacher --opd-teacher-ckpt-step 5"
+)
 SGLANG_MODE = (
     "--use-opd --opd-type sglang --opd-kl-coef 1.0 "
     "--custom-rm-path slime.rollout.on_policy_distillation.reward_func "
@@ -26,7 +28,8 @@ SLIME = (
     "--rm-type math --eval-interval 20 --eval-prompt-data aime a.jsonl math500 m.jsonl --n-samples-per-eval-prompt 16 "
     "--eval-max-response-len 16384 --eval-top-p 0.7 "
     "--advantage-estimator grpo --normalize-advantages --eps-clip 0.2 --eps-clip-high 0.28 "
-    "--optimizer adam --lr 1e-6 --lr-decay-style constant --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 --clip-grad 1.0 "
+    "--optimizer adam --lr 1e-6 --lr-decay-style constant --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98 "
+    "--clip-grad 1.0 "
     "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 1 --context-parallel-size 1 "
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
     "--use-dynamic-batch-size --max-tokens-per-gpu 16384 --use-distributed-optimizer "
@@ -35,8 +38,10 @@ SLIME = (
     "--rollout-num-gpus-per-engine 1 --sglang-mem-fraction-static 0.4 --use-wandb --wandb-project p --wandb-group g"
 )
 MEGATRON_MODEL = (
-    "--swiglu --num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 --group-query-attention "
-    "--num-query-groups 8 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-6 "
+    "--swiglu --num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 "
+    "--group-query-attention "
+    "--num-query-groups 8 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm "
+    "--norm-epsilon 1e-6 "
     "--rotary-base 1000000 --vocab-size 151936 --kv-channels 128 --qk-layernorm --untie-embeddings-and-output-weights"
 )
 
@@ -49,7 +54,7 @@ def test_the_manuals_megatron_mode() -> None:
 
 
 def test_the_manuals_sglang_mode_with_slimes_own_paths(workplace: Path, command: Callable[..., list[str]]) -> None:
-    config = parse_flags(command("sglang", SGLANG_MODE))
+    config = parse_config(command("sglang", SGLANG_MODE))
     assert config.opd.opd_type == "sglang"
     assert config.reward.rm_url == "http://10.0.0.1:13141/generate"
     assert config.reward.custom_rm_path == "slime.rollout.on_policy_distillation.reward_func"
@@ -102,8 +107,16 @@ def test_how_messages_write_a_flag(name: str, value: object, text: str) -> None:
     ("base", "add", "start"),
     [
         ("sglang", "--rollout-temperature 0.8", "the reverse KL is measured at temperature 1 on both sides"),
-        ("megatron", "--rollout-top-p 0.9", "`--rollout-top-p=0.9` `--rollout-top-k=-1`: answers come from a truncated"),
-        ("megatron", "--rm-type exact --label-key label --n-samples-per-prompt 1", "the task reward is measured but teaches nothing"),
+        (
+            "megatron",
+            "--rollout-top-p 0.9",
+            "`--rollout-top-p=0.9` `--rollout-top-k=-1`: answers come from a truncated",
+        ),
+        (
+            "megatron",
+            "--rm-type exact --label-key label --n-samples-per-prompt 1",
+            "the task reward is measured but teaches nothing",
+        ),
         ("megatron", "--rm-type exact --label-key label --opd-kl-coef 0", "`--opd-kl-coef=0.0`: the teacher is asked"),
         ("sglang", "--opd-skip-teacher-selftest", "`--opd-skip-teacher-selftest`: a teacher with another tokenizer"),
         ("grpo", "--lr-warmup-iters 10", "`--lr-warmup-iters=10`: the run has 10 optimizer steps"),

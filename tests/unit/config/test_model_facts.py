@@ -68,7 +68,15 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_act": "gelu"}, {"use_sliding_window": True}, {"mlp_bias": True}, {"attention_bias": True}, {"attention_dropout": 0.1}, {"partial_rotary_factor": 0.5}, {"hidden_size": "64"}],
+    [
+        {"hidden_act": "gelu"},
+        {"use_sliding_window": True},
+        {"mlp_bias": True},
+        {"attention_bias": True},
+        {"attention_dropout": 0.1},
+        {"partial_rotary_factor": 0.5},
+        {"hidden_size": "64"},
+    ],
     ids=str,
 )
 def test_models_that_cannot_be_built_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def test_a_small_run_in_one_process(workplace: Path, command: Callable[..., list
         "co-loaded from teacher: 217,920 parameters",
         "1 rank: tensor 1 x pipeline 1 x context 1 x data 1",
         "start with python train.py",
-        "torch engine inside the training processes",
+        "torch engine inside the first training process",
         "4 prompts x 8 answers = 32 samples",
         "at most 64 tokens each (2,048 in all), temperature 1",
         "grpo - 1 x reverse KL to the teacher, both at temperature 1",
@@ -90,13 +90,17 @@ def test_memory_by_hand_fp32(workplace: Path, command: Callable[..., list[str]])
 
 def test_memory_by_hand_bf16_sharded(workplace: Path, command: Callable[..., list[str]]) -> None:
     flags = "--bf16 --use-distributed-optimizer --actor-num-gpus-per-node 4 --dry-run --rollout-max-running-requests 5"
-    flags += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --max-tokens-per-gpu 100"
+    flags += (
+        " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --max-tokens-per-gpu 100"
+    )
     config = parse_config(command("grpo", flags))
     items = {item.name: item for item in estimate(config, student_facts(config), None)}
     count = 119232
     assert items["student weights"].bytes == 2 * count
     assert items["gradients"].bytes == 4 * count
     assert items["optimizer states"].bytes == 12 * count // 4  # two moments and the fp32 weights over 4 ranks
-    assert items["activations"].bytes == 100 * (2 * 2 * 64 + 2 * 1024 + 2 * 4 * 320)  # two layer inputs, one whole layer
+    assert items["activations"].bytes == 100 * (
+        2 * 2 * 64 + 2 * 1024 + 2 * 4 * 320
+    )  # two layer inputs, one whole layer
     assert items["rollout KV cache"].bytes == 5 * 512 * (2 * 2 * 2 * 32) * 2  # 5 at once, as long as the context allows
     assert "teacher weights" not in items

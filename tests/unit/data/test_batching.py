@@ -47,10 +47,17 @@ def test_select_moves_token_and_sample_fields_together():
 
 def test_shares_cover_each_optimizer_step_exactly_once():
     samples = [
-        Sample(index=i, group_index=0, prompt="", tokens=[1] * (3 + i % 5), response_length=2, rollout_log_probs=[0.0] * 2,
-               status=SampleStatus.COMPLETED)
+        Sample(
+            index=i,
+            group_index=0,
+            prompt="",
+            tokens=[1] * (3 + i % 5),
+            response_length=2,
+            rollout_log_probs=[0.0] * 2,
+            status=SampleStatus.COMPLETED,
+        )
         for i in range(24)
-    ]  # fmt: skip
+    ]
     batch = make_batch(samples, torch.zeros(24), samples_per_step=12)
     shares = [data_parallel_share(batch, rank=r, size=3) for r in range(3)]
     assert sorted(i for s in shares for i in s) == list(range(24))

@@ -77,7 +77,11 @@ def test_expected_gradient_is_the_exact_reverse_kl_gradient():
     exact = 0.0
     for prefix, row in row_of.items():
         rows = [row_of[prefix[:t]] for t in range(len(prefix))]
-        reach = sum((student[r, a] for r, a in zip(rows, prefix, strict=True)), torch.zeros((), dtype=torch.float64)).exp().detach()
+        reach = (
+            sum((student[r, a] for r, a in zip(rows, prefix, strict=True)), torch.zeros((), dtype=torch.float64))
+            .exp()
+            .detach()
+        )
         exact = exact + reach * coef * (student[row].exp() * (student[row] - teacher[row])).sum()
     (want,) = torch.autograd.grad(exact, logits)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)

@@ -59,6 +59,9 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(per_token):
     values, mask = torch.randn(13), (torch.rand(13) > 0.3).float()
     weights, total = token_weights(mask, lengths, per_token=per_token)
     whole = (values * weights).sum() / total
-    parts = [token_weights(mask[:8], lengths[:2], per_token=per_token), token_weights(mask[8:], lengths[2:], per_token=per_token)]
+    parts = [
+        token_weights(mask[:8], lengths[:2], per_token=per_token),
+        token_weights(mask[8:], lengths[2:], per_token=per_token),
+    ]
     split = ((values[:8] * parts[0][0]).sum() + (values[8:] * parts[1][0]).sum()) / (parts[0][1] + parts[1][1])
     torch.testing.assert_close(whole, split)

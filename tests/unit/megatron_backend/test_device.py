@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from opd.megatron_backend import device
+from tests.tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.unit
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is a no-op with CUDA")
@@ -59,6 +61,23 @@ def test_transformers_models_import_after_install() -> None:
         [sys.executable, "-W", "error::UserWarning:opd", "-c", script], capture_output=True, text=True
     )
     assert done.stdout.split() == ["imported"], done.stderr
+
+
+@cpu_only
+def test_device_blocks_still_work_in_a_fresh_process(tmp_path: Path) -> None:
+    """transformers builds models under ``torch.device("meta")`` and fills in what no checkpoint holds afterwards."""
+    write_tiny_model(tmp_path, "qwen3", tied=True)
+    script = (
+        "import torch\n"
+        "from opd.megatron_backend import device; device.install()\n"
+        "with torch.device('meta'): print(torch.arange(3).device)\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "frequencies = 10000.0 ** -(torch.arange(0, 24, 2) / 24)\n"
+        "print(torch.allclose(model.model.rotary_emb.inv_freq, frequencies))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["meta", "True"], done.stderr
 
 
 def test_each_parameter_keeps_its_own_adam_step(single_process: None) -> None:

@@ -149,12 +149,15 @@ def test_models_that_would_compute_something_else_are_refused(tmp_path: Path, ch
 
 
 def test_folders_without_config_or_weights_are_refused(tmp_path: Path) -> None:
-    from opd.megatron_backend.hf_bridge import load_hf_weights, read_hf_config
+    from opd.megatron_backend.hf_bridge import UnsupportedModelError, load_hf_weights, read_hf_config
 
     with pytest.raises(FileNotFoundError, match="no config.json"):
         read_hf_config(tmp_path)
     write_tiny_model(tmp_path, "qwen3", tied=True)
     model = load(tmp_path)
+    write_tiny_model(tmp_path / "shallow", "qwen3", tied=True, num_layers=1)
+    with pytest.raises(UnsupportedModelError, match=r"are not those of its config.json.*layers\.1\."):
+        load_hf_weights(model, tmp_path / "shallow")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="safetensors"):
         load_hf_weights(model, tmp_path)

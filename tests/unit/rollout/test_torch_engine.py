@@ -45,7 +45,12 @@ def generate(engine: TorchEngine, requests, **params):
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
 def test_greedy_equals_transformers(family):
     model = make_model(family)
-    results = generate(TorchEngine(model, max_running_requests=3, max_context_len=100), make_requests(1), temperature=0, max_new_tokens=12)
+    results = generate(
+        TorchEngine(model, max_running_requests=3, max_context_len=100),
+        make_requests(1),
+        temperature=0,
+        max_new_tokens=12,
+    )
     for request in make_requests(1):
         prompt = torch.tensor([request.prompt_ids])
         want = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=0)
@@ -72,7 +77,9 @@ def test_an_answer_does_not_depend_on_the_batch_around_it():
     model = make_model()
     requests = make_requests()
     together = generate(TorchEngine(model, max_running_requests=16, max_context_len=100), requests, max_new_tokens=30)
-    in_turn = generate(TorchEngine(model, max_running_requests=3, max_context_len=100), requests[::-1], max_new_tokens=30)
+    in_turn = generate(
+        TorchEngine(model, max_running_requests=3, max_context_len=100), requests[::-1], max_new_tokens=30
+    )
     assert {k: r.response_ids for k, r in together.items()} == {k: r.response_ids for k, r in in_turn.items()}
     assert len({tuple(r.response_ids) for r in together.values()}) > 8  # siblings differ
 
@@ -95,7 +102,9 @@ def test_weights_are_taken_whole_and_verified(tied):
         for parameter in other.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     tokens = list(range(2, 30))
-    expected = other(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    expected = (
+        other(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    )
     with pytest.raises(WeightSyncError, match="off by up to"):
         engine.verify(tokens, expected.tolist(), tolerance=1e-3)
     engine.set_weights(other.named_parameters(), version=7)

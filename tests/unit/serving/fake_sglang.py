@@ -1,0 +1,77 @@
+"""A server that answers SGLang's requests with whatever faults a test asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiohttp import web
+
+HANG_SECONDS = 0.5  # longer than the time-out of the tests' clients
+
+
+def logprob_of(position: int, token: int) -> float:
+    return -0.5 - 0.001 * position - 0.01 * token
+
+
+def good_answer(request: dict[str, Any]) -> dict[str, Any]:
+    """As SGLang: entries from ``logprob_start_len`` on, the first one without a log-prob."""
+    ids, start = request["input_ids"], request["logprob_start_len"]
+    entries = [[None if i == start else logprob_of(i, ids[i]), ids[i], None] for i in range(start, len(ids))]
+    return {"text": "", "meta_info": {"input_token_logprobs": entries, "finish_reason": {"type": "length"}}}
+
+
+class FakeSGLang:
+    """``faults`` are used up one per ``/generate`` request; then, and without any, every answer is good.
+
+    A fault is an HTTP status, "truncated", "closed", "hang", or a function that changes the good answer.
+    """
+
+    def __init__(self, *faults: Any) -> None:
+        self.faults = list(faults)
+        self.requests: list[dict[str, Any]] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self.url = ""
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            return await self._answer(request, body)
+        finally:
+            self.in_flight -= 1
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        await asyncio.sleep(0.005)
+        fault = self.faults.pop(0) if self.faults else None
+        answer = good_answer(body)
+        if fault is None:
+            return web.json_response(answer)
+        if callable(fault):
+            return web.Response(text=json.dumps(fault(answer) or answer), content_type="application/json")
+        if fault == "truncated":
+            return web.Response(text=json.dumps(answer)[:-10], content_type="application/json")
+        if fault == "hang":
+            await asyncio.sleep(HANG_SECONDS)
+        if fault == "closed":
+            request.transport.close()
+        return web.Response(status=fault if isinstance(fault, int) else 200, text="fault")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[FakeSGLang]:
+        app = web.Application()
+        app.router.add_post("/generate", self.generate)
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()

@@ -1,0 +1,204 @@
+"""Faults of a teacher server: which are retried, which end a sample's score, and with what reason."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from opd.teachers.sglang_teacher import SGLangTeacher, TeacherScoreError, response_logprobs
+from tests.unit.serving.fake_sglang import FakeSGLang, good_answer, logprob_of
+
+pytestmark = pytest.mark.unit
+
+TOKENS = [11, 12, 13, 14, 15, 16, 17]
+RESPONSE_LENGTH = 4
+EXPECTED = [logprob_of(i, TOKENS[i]) for i in range(3, 7)]
+
+
+@pytest.fixture(autouse=True)
+def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd.serving.http.BACKOFF_FIRST_SECONDS", 0.001)
+
+
+def _score(fake: FakeSGLang, **settings: Any) -> tuple[Any, Any]:
+    """(score or the error, counters)."""
+
+    async def run() -> tuple[Any, Any]:
+        async with fake.running():
+            teacher = SGLangTeacher(fake.url + "/generate", **{"timeout_s": 0.2, **settings})
+            try:
+                result: Any = await teacher.score(TOKENS, RESPONSE_LENGTH)
+            except TeacherScoreError as error:
+                result = error
+            await teacher.close()
+            return result, teacher.stats.take()
+
+    return asyncio.run(run())
+
+
+def test_the_request_starts_one_token_before_the_response() -> None:
+    fake = FakeSGLang()
+    scores, stats = _score(fake)
+    assert scores == EXPECTED
+    assert fake.requests[0]["logprob_start_len"] == 2
+    assert fake.requests[0]["sampling_params"]["max_new_tokens"] == 0
+    assert (stats.requests, stats.retries, stats.failures) == (1, 0, 0)
+    assert stats.bytes > 100
+    assert stats.seconds > 0
+
+
+@pytest.mark.parametrize(
+    "faults", [(503, 503), (429,), ("truncated",), ("closed",), ("hang",), (500, "truncated", 502)]
+)
+def test_a_passing_fault_is_retried(faults: tuple[Any, ...]) -> None:
+    scores, stats = _score(FakeSGLang(*faults))
+    assert scores == EXPECTED
+    assert stats.retries >= len(faults)
+    assert stats.failures == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(503, "http_status"), ("truncated", "bad_json"), ("closed", "unreachable"), ("hang", "timeout")],
+)
+def test_a_lasting_fault_is_given_up_with_its_reason(fault: Any, reason: str) -> None:
+    fake = FakeSGLang(*[fault] * 20)
+    error, stats = _score(fake, retries=2)
+    assert error.reason == reason
+    assert reason in str(error)
+    assert len(fake.requests) >= 3
+    assert (stats.retries, stats.failures) == (2, 1)
+
+
+def _entries(answer: dict[str, Any]) -> list[Any]:
+    return answer["meta_info"]["input_token_logprobs"]
+
+
+def _nan(answer: dict[str, Any]) -> None:
+    _entries(answer)[2][0] = float("nan")
+
+
+def _null(answer: dict[str, Any]) -> None:
+    _entries(answer)[1][0] = None
+
+
+def _minus_infinity(answer: dict[str, Any]) -> None:
+    _entries(answer)[-1][0] = float("-inf")
+
+
+def _one_too_few(answer: dict[str, Any]) -> None:
+    _entries(answer).pop()
+
+
+def _other_ids(answer: dict[str, Any]) -> None:
+    _entries(answer)[3][1] += 1
+
+
+def _shifted(answer: dict[str, Any]) -> None:
+    _entries(answer).insert(0, [None, 99, None])
+
+
+def _no_entries(answer: dict[str, Any]) -> dict[str, Any]:
+    return {"meta_info": {}}
+
+
+def _a_list(answer: dict[str, Any]) -> Any:
+    return [answer]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (400, "http_status"),
+        (404, "http_status"),
+        (_nan, "not_finite"),
+        (_null, "not_finite"),
+        (_minus_infinity, "not_finite"),
+        (_one_too_few, "length"),
+        (_other_ids, "ids"),
+        (_shifted, "ids"),
+        (_no_entries, "shape"),
+        (_a_list, "shape"),
+    ],
+)
+def test_a_wrong_answer_is_not_asked_for_again(fault: Any, reason: str) -> None:
+    fake = FakeSGLang(fault)
+    error, _ = _score(fake)
+    assert isinstance(error, TeacherScoreError)
+    assert error.reason == reason
+    assert len(fake.requests) == 1
+
+
+def test_a_dead_port() -> None:
+    async def run() -> None:
+        teacher = SGLangTeacher("http://127.0.0.1:9", retries=1)
+        with pytest.raises(TeacherScoreError, match=r"unreachable: http://127.0.0.1:9/generate") as caught:
+            await teacher.score(TOKENS, 2)
+        assert caught.value.reason == "unreachable"
+        await teacher.close()
+
+    asyncio.run(run())
+
+
+def test_an_empty_response_asks_nothing_and_an_empty_prompt_cannot_be_scored() -> None:
+    async def run() -> None:
+        teacher = SGLangTeacher("http://127.0.0.1:9", retries=0)
+        assert await teacher.score(TOKENS, 0) == []
+        with pytest.raises(TeacherScoreError, match="prompt"):
+            await teacher.score(TOKENS, len(TOKENS))
+        assert teacher.stats.take().requests == 0
+
+    asyncio.run(run())
+
+
+def test_raw_answers_with_any_start_are_trimmed_to_the_response() -> None:
+    for start in (0, 1, 2):
+        answer = good_answer({"input_ids": TOKENS, "logprob_start_len": start})
+        assert response_logprobs(answer, TOKENS, RESPONSE_LENGTH) == EXPECTED
+        assert response_logprobs(answer, TOKENS, 0) == []
+
+
+def test_requests_in_flight_are_bounded() -> None:
+    fake = FakeSGLang()
+
+    async def run() -> None:
+        async with fake.running():
+            teacher = SGLangTeacher(fake.url, concurrency=3, lead_prompts=False)
+            await asyncio.gather(*(teacher.score(TOKENS, 2) for _ in range(20)))
+            await teacher.close()
+
+    asyncio.run(run())
+    assert len(fake.requests) == 20
+    assert fake.most_in_flight == 3
+
+
+@pytest.mark.parametrize("first_fault", [None, 400])
+def test_the_first_of_a_prompt_goes_ahead_even_when_it_fails(first_fault: int | None) -> None:
+    fake = FakeSGLang(first_fault)
+
+    async def run() -> list[Any]:
+        async with fake.running():
+            teacher = SGLangTeacher(fake.url)
+            groups = [[prompt, prompt, answer] for prompt in (1, 2) for answer in range(10, 14)]
+            results = await asyncio.gather(*(teacher.score(t, 1) for t in groups), return_exceptions=True)
+            await teacher.close()
+            return results
+
+    results = asyncio.run(run())
+    leaders = [request["input_ids"][0] for request in fake.requests[:2]]
+    assert sorted(leaders) == [1, 2]
+    failures = [r for r in results if isinstance(r, Exception)]
+    assert len(failures) == (first_fault is not None)
+
+
+def test_the_session_closes_with_its_loop(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> Any:
+        async with FakeSGLang().running() as fake:
+            teacher = SGLangTeacher(fake.url)
+            await teacher.score(TOKENS, 2)
+            return teacher.http._session
+
+    assert asyncio.run(run()).closed
+    assert "Unclosed" not in caplog.text
