@@ -39,8 +39,9 @@ def show_plan(config: Config) -> int:
 
 
 def train(config: Config) -> int:
-    # What megatron-core says about missing Transformer Engine and Apex: on a CPU there is none.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|mbridge)\.")
+    # Engines on missing Transformer Engine and Apex, which a CPU has not, and on what torch will rename.
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|mbridge)\.")
     from opd.build import build
     from opd.step import run
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -61,7 +62,14 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
         engine = _engine(config, device, stack)
         args = argparse.Namespace(**config.flat())
         task_reward, reward, post_process = _rewards(config)
-        rollout = RolloutDriver(engine, reward=reward, post_process=post_process, args=args, decode=decode)
+        rollout = RolloutDriver(
+            engine,
+            reward=reward,
+            post_process=post_process,
+            args=args,
+            decode=decode,
+            take_scoring_stats=_scoring_stats(config),
+        )
         eval_rollout = RolloutDriver(engine, reward=task_reward, post_process=keep_rewards, args=args, decode=decode)
         stack.callback(rollout.close)
         stack.callback(eval_rollout.close)
@@ -206,6 +214,14 @@ def _rule(config: Config) -> RewardFn:
     return rule_reward
 
 
+def _scoring_stats(config: Config) -> Callable[[], dict[str, float]]:
+    if config.opd.opd_type != "sglang":
+        return dict
+    from opd.rewards.on_policy_distillation import take_teacher_stats
+
+    return take_teacher_stats
+
+
 async def _no_reward(args: Any, sample: Sample, **_: Any) -> float:
     """Pure distillation without a task reward."""
     return 0.0
@@ -223,9 +239,18 @@ def _test_teacher(config: Config, tokenizer: Any) -> None:
     from opd.background_loop import BackgroundLoop
     from opd.teachers.selftest import check_teacher
 
+    key_variable = config.opd.opd_teacher_api_key_env
     loop = BackgroundLoop("teacher self-test")
     try:
-        loop.run(check_teacher(config.reward.rm_url, tokenizer, student_folder=config.checkpoint.hf_checkpoint))
+        loop.run(
+            check_teacher(
+                config.reward.rm_url,
+                tokenizer,
+                student_folder=config.checkpoint.hf_checkpoint,
+                api_key=os.environ.get(key_variable) if key_variable else None,
+                timeout_s=config.opd.opd_teacher_timeout,
+            )
+        )
     finally:
         loop.close()
 

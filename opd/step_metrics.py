@@ -41,6 +41,7 @@ def rollout_metrics(rolled: RolloutResult) -> dict[str, float]:
         "response_length_mean": sum(s.response_length for s in samples) / len(samples),
         "truncated_share": sum(s.status is SampleStatus.TRUNCATED for s in samples) / len(samples),
         "aborted_share": sum(s.status is SampleStatus.ABORTED for s in samples) / len(samples),
+        **{f"teacher_{name}": value for name, value in rolled.scoring.items()},
     }
 
 

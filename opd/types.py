@@ -88,11 +88,11 @@ class TokenBatch:
     loss_mask_T: torch.Tensor  # float32, 0 or 1
     rollout_logprobs_T: torch.Tensor
     outcome_advantages_N: torch.Tensor  # estimator's one number per sample, before any token-level term
+    teacher_logprobs_T: torch.Tensor  # 0 where not scored
     teacher_scored_N: torch.Tensor  # bool; False: no teacher score, the penalty skips this sample
     sample_N: torch.Tensor  # int64: position in the rollout's list of samples
     optimizer_step_N: torch.Tensor  # int64: which optimizer step of this rollout the sample belongs to
     # ----
-    teacher_logprobs_T: torch.Tensor | None = None  # 0 where not scored
     student_logprobs_T: torch.Tensor | None = None  # at the rollout temperature, before the update
     student_kl_logprobs_T: torch.Tensor | None = None  # at the temperature at which the KL is measured
     advantages_T: torch.Tensor | None = None

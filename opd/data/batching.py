@@ -23,14 +23,12 @@ def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, sam
     chosen = [samples[i] for i in kept]
     lengths = [s.response_length for s in chosen]
     scored = [s.teacher_log_probs is not None for s in chosen]
-    teacher_T = None
-    if any(scored):
-        teacher_T = torch.cat(
-            [
-                torch.as_tensor(s.teacher_log_probs).float() if ok else torch.zeros(s.response_length)
-                for s, ok in zip(chosen, scored, strict=True)
-            ]
-        )
+    teacher_T = torch.cat(
+        [
+            torch.as_tensor(s.teacher_log_probs).float() if ok else torch.zeros(s.response_length)
+            for s, ok in zip(chosen, scored, strict=True)
+        ]
+    )
     return TokenBatch(
         tokens=[torch.tensor(s.tokens) for s in chosen],
         response_lengths=lengths,

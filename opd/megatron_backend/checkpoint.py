@@ -227,7 +227,8 @@ def _write_sharded(sharded: dict[str, Any], folder: Path) -> None:
     try:
         torch_save_sharded(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(folder, thread_count=2),
+            # One thread: an error of a second one would be printed by it and be lost to us.
+            storage_writer=FileSystemWriter(folder, thread_count=1),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     except CheckpointException as failure:  # raised on every rank

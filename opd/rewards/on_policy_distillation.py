@@ -15,14 +15,14 @@ import logging
 import os
 import weakref
 from collections import Counter
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from opd.errors import TeacherError
 from opd.interfaces import RewardFn
-from opd.teachers.sglang_teacher import SGLangTeacher, TeacherStats, response_logprobs
+from opd.teachers.sglang_teacher import SGLangTeacher, response_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +79,13 @@ def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[
     return task_rewards, list(task_rewards)
 
 
-def take_teacher_stats() -> TeacherStats:
-    """Counters of all clients since the last call, summed."""
-    total = TeacherStats()
+def take_teacher_stats() -> dict[str, float]:
+    """Counters of all clients since the last call, summed: requests, retries, failures, bytes, seconds."""
+    total: Counter[str] = Counter()
     for clients in list(_clients.values()):
         for client in clients.values():
-            taken = client.stats.take()
-            for f in fields(total):
-                setattr(total, f.name, getattr(total, f.name) + getattr(taken, f.name))
-    return total
+            total.update(asdict(client.stats.take()))
+    return dict(total)
 
 
 async def _task_reward(args: Any, sample: Any, task_reward: RewardFn | None, kwargs: dict[str, Any]) -> float:

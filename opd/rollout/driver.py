@@ -28,6 +28,7 @@ class RolloutResult:
     rewards: list[float]  # what the estimator uses, after post-processing
     seconds_generation: float
     seconds_scoring_tail: float  # waited for rewards and teacher after the last answer
+    scoring: dict[str, float]  # counters of the teacher's client; empty without one
 
 
 class RolloutDriver:
@@ -36,6 +37,7 @@ class RolloutDriver:
         reward: called once per finished sample; its dict or float is handed to ``post_process``.
         args: the flat flags, slime's first argument of ``reward`` and ``post_process``.
         decode: token ids -> text.
+        take_scoring_stats: counters since the last call, for the metrics.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class RolloutDriver:
         post_process: PostProcessFn,
         args: Any,
         decode: Callable[[list[int]], str],
+        take_scoring_stats: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.engine = engine
         self._reward = reward
         self._post_process = post_process
         self._args = args
         self._decode = decode
+        self._take_scoring_stats = take_scoring_stats
         self._loop = BackgroundLoop("rewards")
 
     def run(
@@ -93,6 +97,7 @@ class RolloutDriver:
             rewards=[_as_number(value, sample) for sample, value in zip(samples, used, strict=True)],
             seconds_generation=generated - started,
             seconds_scoring_tail=time.monotonic() - generated,
+            scoring=self._take_scoring_stats(),
         )
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ PROBE_TEXT = (
     "Tom has 18 apples, gives away 4 and buys 3 bags of 5.\n18-4=14; 3*5=15; 14+15=29; # 29\n"
     "def f(x):\n\treturn x ** 2  # Stra\u00dfe, \u6f22\u5b57, \u03bb \u2264 \u03c0, \U0001f642\n"
 )
+VOCABULARY_SAMPLE = 2000  # ids, evenly spaced, that the probe text spells out
 SCORED_TOKENS = 256  # of the probe text: enough to tell temperatures apart, quick on any server
 TEMPERATURES = (0.0, 0.8, 1.0)
 # Mean absolute difference, in nats per token. Two runs of a bfloat16 server differ by about 0.01; temperature 0.8 in
@@ -93,9 +94,12 @@ async def _model_info(client: SGLangTeacher, flag: str) -> dict[str, Any]:
 
 
 def probe_text(tokenizer: Any) -> str:
-    """Words, numbers, code, several scripts, and every special token by its text."""
-    specials = dict.fromkeys(tokenizer.all_special_tokens)
-    return PROBE_TEXT + "".join(specials)
+    """Words, numbers, code, several scripts, every added token by its text (chat markers are often no more than that),
+    and words from all over the vocabulary."""
+    added = dict.fromkeys([*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())])
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    sample = ids[:: max(1, len(ids) // VOCABULARY_SAMPLE)]
+    return PROBE_TEXT + "".join(added) + " " + " ".join(tokenizer.decode([i]) for i in sample)
 
 
 def ids_digest(ids: list[int]) -> str:
@@ -140,12 +144,23 @@ async def _teacher_ids(client: SGLangTeacher, flag: str, info: dict[str, Any], t
 
 
 async def _check_vocabulary(client: SGLangTeacher, flag: str, tokenizer: Any) -> None:
-    """The student may write any id of its tokenizer, so the teacher must know the largest."""
+    """The student may write any id of its tokenizer, so the teacher must know the largest.
+
+    The id is asked about, not sent as input: SGLang 0.5.23 checks the ids that it is asked about, and ends with a
+    failed look-up on an input id that is beyond its embedding.
+    """
     largest = max(tokenizer.get_vocab().values())
+    payload = {
+        "input_ids": [0, 0],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "token_ids_logprob": [largest],
+    }
     try:
-        await client.ask([largest, largest], start=0)
-    except TeacherScoreError as error:
-        if error.reason != "http_status":
+        await client.http.post("/generate", payload)
+    except HttpError as error:
+        if error.status != 400:
             raise TeacherError(f"`{flag}`: the teacher broke off while scoring a probe text ({error}).") from error
         raise TeacherError(
             f"`{flag}`: the teacher refuses token id {largest}, the largest of the student's tokenizer "

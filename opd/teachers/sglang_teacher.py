@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -12,6 +13,8 @@ from opd.serving.http import HttpError, HttpStats, JsonClient, base_url
 
 # Prompts whose first score is in flight or done. It only bounds memory: forgetting one costs one prefill.
 REMEMBERED_PROMPTS = 4096
+
+TROUBLE_SECONDS = 30.0
 
 TeacherStats = HttpStats
 
@@ -51,6 +54,7 @@ class SGLangTeacher:
     ) -> None:
         self.http = JsonClient(base_url(url), timeout_s, retries, concurrency, api_key)
         self._lead_prompts = lead_prompts
+        self._trouble_until = 0.0
         self._led: OrderedDict[int, asyncio.Event] = OrderedDict()  # hash of a prompt's ids -> its first score is done
 
     @property
@@ -89,6 +93,11 @@ class SGLangTeacher:
     async def close(self) -> None:
         await self.http.close()
 
+    def _in_trouble(self) -> bool:
+        """Whether a request was just given up on: its siblings then try once, so that a hung server costs a time-out or
+        two and not one for each sample and retry."""
+        return time.monotonic() < self._trouble_until
+
     async def _score(self, tokens: list[int], response_length: int) -> list[float]:
         answer = await self.ask(tokens, start=len(tokens) - response_length - 1)
         return response_logprobs(answer, tokens, response_length)
@@ -109,8 +118,12 @@ class SGLangTeacher:
             "logprob_start_len": start,
         }
         try:
-            return await self.http.post("/generate", payload)
+            answer = await self.http.post("/generate", payload, give_up=self._in_trouble)
+            self._trouble_until = 0.0
+            return answer
         except HttpError as error:
+            if error.reason in ("timeout", "unreachable"):
+                self._trouble_until = time.monotonic() + TROUBLE_SECONDS
             detail = str(error).removeprefix(f"{error.reason}: ")
             raise TeacherScoreError(error.reason, detail) from error
 
@@ -136,10 +149,18 @@ def response_logprobs(answer: Any, tokens: list[int], response_length: int) -> l
         raise TeacherScoreError(
             "length", f"{len(entries)} entries for a response of {response_length} tokens and the token before it"
         )
-    if ids != tokens[-len(entries) :]:
-        wrong = next(i for i, (a, b) in enumerate(zip(ids, tokens[-len(entries) :], strict=True)) if a != b)
-        raise TeacherScoreError("ids", f"the answer is about other tokens: entry {wrong} has id {ids[wrong]}")
+    wrong = [
+        (i, got, sent) for i, (got, sent) in enumerate(zip(ids, tokens[-len(entries) :], strict=True)) if got != sent
+    ]
+    if wrong and not _is_last_vocabulary_id(wrong):
+        entry, got, sent = wrong[0]
+        raise TeacherScoreError("ids", f"the answer is about other tokens: entry {entry} has id {got}, {sent} was sent")
     for i, value in enumerate(logprobs[first:]):
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise TeacherScoreError("not_finite", f"response token {i} has log-prob {value!r}")
     return [float(value) for value in logprobs[first:]]
+
+
+def _is_last_vocabulary_id(wrong: list[tuple[int, int, int]]) -> bool:
+    """SGLang echoes the last id of its vocabulary as 0 (seen on 0.5.23; it scores the right one), and only that id."""
+    return {got for _, got, _ in wrong} == {0} and len({sent for _, _, sent in wrong}) == 1

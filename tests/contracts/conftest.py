@@ -90,12 +90,29 @@ def tiny_b(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_a: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
-    """Holds the weights of ``tiny_a``; a test that changes them puts them back."""
+def starting_servers(
+    tiny_a: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[SGLangServer, SGLangServer]]:
+    """Started together: importing SGLang takes most of a start, and two cores import side by side."""
     options = ServerOptions(model_path=str(tiny_a.folder), context_length=CONTEXT, max_running_requests=128)
-    with SGLangServer(options, log_path=tmp_path_factory.mktemp("server") / "server.log") as running:
-        running.wait_ready(START_SECONDS)
-        yield running
+    logs = tmp_path_factory.mktemp("logs")
+    with SGLangServer(options, log_path=logs / "shared.log") as shared:
+        with SGLangServer(options, log_path=logs / "doomed.log") as doomed:
+            yield shared, doomed
+
+
+@pytest.fixture(scope="session")
+def server(starting_servers: tuple[SGLangServer, SGLangServer]) -> SGLangServer:
+    """Holds the weights of ``tiny_a``; a test that changes them puts them back."""
+    starting_servers[0].wait_ready(START_SECONDS)
+    return starting_servers[0]
+
+
+@pytest.fixture(scope="session")
+def doomed_server(starting_servers: tuple[SGLangServer, SGLangServer]) -> SGLangServer:
+    """For the one test that kills its server."""
+    starting_servers[1].wait_ready(START_SECONDS)
+    return starting_servers[1]
 
 
 @pytest.fixture

@@ -155,29 +155,28 @@ def test_weights_through_a_folder(
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    options = ServerOptions(model_path=str(tmp_path / "nothing"))
+    options = ServerOptions(model_path="somewhere", extra_args=("--no-such-flag",))
     with SGLangServer(options, log_path=tmp_path / "server.log") as broken:
-        with pytest.raises(EngineError, match=r"nothing.*ended with status(?s:.*)end of its log"):
+        with pytest.raises(EngineError, match=r"somewhere.*ended with status(?s:.*)arguments: --no-such-flag"):
             broken.wait_ready(START_SECONDS)
         assert not broken.alive()
 
 
-def test_death_is_reported_and_stop_leaves_no_process(tiny_a: TinyModel, tmp_path: Path, random_ids: Any) -> None:
-    options = ServerOptions(model_path=str(tiny_a.folder), context_length=CONTEXT, max_running_requests=8)
-    server = SGLangServer(options, log_path=tmp_path / "server.log")
-    server.wait_ready(START_SECONDS)
-    workers = psutil.Process(server.pid).children(recursive=True)
+def test_death_is_reported_and_stop_leaves_no_process(
+    doomed_server: SGLangServer, tiny_a: TinyModel, random_ids: Any
+) -> None:
+    workers = psutil.Process(doomed_server.pid).children(recursive=True)
     assert workers
-    engine = SGLangEngine([server], max_running_requests=8, max_context_len=CONTEXT)
+    engine = SGLangEngine([doomed_server], max_running_requests=8, max_context_len=CONTEXT)
     stream = engine.generate(_requests([random_ids(8), random_ids(9)]), SamplingParams(max_new_tokens=1000))
-    psutil.Process(server.pid).kill()
+    psutil.Process(doomed_server.pid).kill()
     with pytest.raises(EngineError, match=r"(?s)has ended.*end of its log"):
         list(stream)
     with pytest.raises(WeightSyncError, match="has ended"):
         engine.set_weights(tiny_a.model.state_dict().items(), version=1)
     engine.close()
     engine.close()
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 _PARENT = """

@@ -53,7 +53,8 @@ def test_gpu_server() -> None:
 
 
 def test_environment_hides_the_launchers_ranks_and_finds_the_package() -> None:
-    base = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1", "PYTHONPATH": "/x", "OMP_NUM_THREADS": "2", "HOME": "/h"}
+    base = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1", "PYTHONPATH": "/x", "HOME": "/h"}
+    base["OMP_NUM_THREADS"] = "2"
     environment = server_environment(base, device="cpu")
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environment.keys()
     root, rest = environment["PYTHONPATH"].split(os.pathsep)

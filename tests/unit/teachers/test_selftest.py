@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from opd.errors import TeacherError
-from opd.teachers.selftest import check_teacher, ids_digest
+from opd.teachers.selftest import check_teacher, ids_digest, probe_text
 
 pytestmark = pytest.mark.unit
 
@@ -20,12 +20,16 @@ LARGEST_ID = 255
 
 class ByteTokenizer:
     all_special_tokens = ("<eos>",)
+    added_tokens_decoder = {254: "<eos>", 253: "<|im_start|>"}
 
     def __init__(self, offset: int = 0) -> None:
         self._offset = offset
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [(byte + self._offset) % 256 for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
 
     def get_vocab(self) -> dict[str, int]:
         return {str(i): i for i in range(LARGEST_ID + 1)}
@@ -39,7 +43,11 @@ def _check(
     model_info: dict[str, Any] | int | None = None,
     tokenize: int = 200,
 ) -> None:
-    """Runs the check against a server whose tokenizer has no offset. ``logprob(temperature, call number, position)``."""
+    """Runs the check against a server whose tokenizer has no offset.
+
+    Args:
+        logprob: of (request's temperature, number of the request, position).
+    """
     info = {"model_path": "teacher", "is_generation": True} if model_info is None else model_info
     calls: list[int] = []
 
@@ -55,7 +63,7 @@ def _check(
     async def generate(request: web.Request) -> web.Response:
         body = await request.json()
         ids, temperature = body["input_ids"], body["sampling_params"]["temperature"]
-        if max(ids) >= vocabulary:
+        if max(body.get("token_ids_logprob") or [0]) >= vocabulary:
             return web.Response(status=400, text="token id out of range")
         calls.append(1)
         entries = [[logprob(temperature, len(calls), i) if i else None, token, None] for i, token in enumerate(ids)]
@@ -83,7 +91,8 @@ def test_a_good_teacher_passes() -> None:
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(TeacherError, match=r"`--rm-url=http://127.0.0.1:9/generate`: no teacher answers.*Start it first"):
+    expected = r"`--rm-url=http://127.0.0.1:9/generate`: no teacher answers.*Start it first"
+    with pytest.raises(TeacherError, match=expected):
         asyncio.run(check_teacher("http://127.0.0.1:9/generate", ByteTokenizer()))
 
 
@@ -103,7 +112,8 @@ def test_an_embedding_model() -> None:
 
 
 def test_another_tokenizer() -> None:
-    with pytest.raises(TeacherError, match=r"the teacher `teacher` reads text as other token ids than the student `student`"):
+    expected = r"the teacher `teacher` reads text as other token ids than the student `student`"
+    with pytest.raises(TeacherError, match=expected):
         _check(ByteTokenizer(offset=1))
 
 
@@ -129,3 +139,10 @@ def test_noisy_scores() -> None:
 
 def test_digest_by_hand() -> None:
     assert ids_digest([1, 2]) == hashlib.sha256(b"[1, 2]").hexdigest()[:12]
+
+
+def test_the_probe_spells_out_added_tokens_and_the_vocabulary() -> None:
+    text = probe_text(ByteTokenizer())
+    assert text.count("<eos>") == 1
+    assert "<|im_start|>" in text
+    assert all(chr(i) in text for i in range(LARGEST_ID + 1))

@@ -160,6 +160,16 @@ def test_raw_answers_with_any_start_are_trimmed_to_the_response() -> None:
         assert response_logprobs(answer, TOKENS, 0) == []
 
 
+def test_the_last_id_of_the_vocabulary_is_echoed_as_zero_and_still_scored() -> None:
+    answer = good_answer({"input_ids": TOKENS, "logprob_start_len": 2})
+    for entry in _entries(answer)[3:4]:
+        entry[1] = 0
+    assert response_logprobs(answer, TOKENS, RESPONSE_LENGTH) == EXPECTED
+    _entries(answer)[4][1] = 0  # two different ids cannot both be the last one
+    with pytest.raises(TeacherScoreError, match="ids"):
+        response_logprobs(answer, TOKENS, RESPONSE_LENGTH)
+
+
 def test_requests_in_flight_are_bounded() -> None:
     fake = FakeSGLang()
 

