@@ -37,6 +37,7 @@ setup(
         "pyarrow",
         "rich",
         "safetensors",
+        "tenacity",
         "torch>=2.8",
         "transformers>=5",
     ],

@@ -65,10 +65,11 @@ stop_sglang_server() {
    SGLANG_SERVER_PID=""
    [[ -n $pid ]] || return 0
    kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid" 2>/dev/null || true
-   while kill -0 -- "-$pid" 2>/dev/null && ((waited < 100)); do
+   # SGLang spends 5 s on diagnostics after a SIGTERM; it holds nothing that a SIGKILL could damage.
+   while kill -0 -- "-$pid" 2>/dev/null && ((waited < 15)); do
       sleep 0.1
       waited=$((waited + 1))
    done
    kill -KILL -- "-$pid" 2>/dev/null || true
-   wait "$pid" 2>/dev/null || true
+   { wait "$pid" || true; } 2>/dev/null
 }

@@ -30,10 +30,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from opd.errors import UserError
 
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 LEARNING_RATE = 5e-5
 WARM_UP = 3  # steps
-IGNORE = -100  # cross_entropy's marker for positions without a target
+IGNORE = -1  # marks positions without a target
 
 console = Console()
 
@@ -63,7 +63,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for models and prompts")
-    parser.add_argument("--sft-steps", type=int, default=10, help="fine-tuning steps that lead the student astray")
+    parser.add_argument("--sft-steps", type=int, default=8, help="fine-tuning steps that lead the student astray")
     parser.add_argument("--seed", type=int, default=1, help="seed of the sums")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     return parser.parse_args()
@@ -86,15 +86,18 @@ def lead_astray(source: Path, folder: Path, *, steps: int, seed: int) -> None:
     """Fine-tunes the model in ``source`` on sums and stores it, in bf16, in ``folder``."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    # Fused: one pass over 135M parameters and their state, several times faster than the default.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rng = random.Random(seed)
     model.train()
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, step / WARM_UP)
         ids_BL, targets_BL = collate(tokenizer, [make_sum(rng) for _ in range(BATCH_SIZE)])
-        logits_BLV = model(input_ids=ids_BL).logits  # padding is on the right, where causal attention never looks
-        loss = F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), targets_BL[:, 1:].flatten(), ignore_index=IGNORE)
+        # Padding is on the right, where causal attention never looks.
+        hidden_BLD = model.model(input_ids=ids_BL).last_hidden_state
+        predicts_BL = targets_BL[:, 1:] != IGNORE  # answers only: 49,152 logits a token would be most of the memory
+        loss = F.cross_entropy(model.lm_head(hidden_BLD[:, :-1][predicts_BL]), targets_BL[:, 1:][predicts_BL])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
