@@ -90,7 +90,7 @@ def _transformers_logits(folder: Path, token_ids_1L: torch.Tensor) -> torch.Tens
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()(input_ids=token_ids_1L).logits[0]
 
 

@@ -63,7 +63,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for models and prompts")
-    parser.add_argument("--sft-steps", type=int, default=8, help="fine-tuning steps that lead the student astray")
+    parser.add_argument("--sft-steps", type=int, default=10, help="fine-tuning steps that lead the student astray")
     parser.add_argument("--seed", type=int, default=1, help="seed of the sums")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     return parser.parse_args()
