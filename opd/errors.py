@@ -25,3 +25,7 @@ class EngineError(UserError):
 
 class RewardError(UserError):
     """A reward function raised, or returned something that is no number."""
+
+
+class UpdateError(UserError):
+    """An optimizer step that was not made; the weights are as before."""

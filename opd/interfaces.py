@@ -67,7 +67,7 @@ class Trainer(Protocol):
         """One or more optimizer steps over the batch; returns metrics averaged over the global batch.
 
         Raises:
-            FloatingPointError: NaN or infinite gradients; the weights are as before.
+            UpdateError: NaN or infinite gradients; the weights are as before.
         """
 
     def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from megatron.core import parallel_state as mpu
 
 from opd.config.schema import Config
 from opd.data.batching import data_parallel_share
+from opd.errors import UpdateError
 from opd.maths.logprobs import token_logprobs
 from opd.maths.masking import token_weights
 from opd.maths.policy_loss import clipped_policy_loss
@@ -159,8 +160,9 @@ class MegatronTrainer:
         learning_rate = optimizer.param_groups[0]["lr"]
         successful, grad_norm, _ = optimizer.step()
         if not successful:
-            raise FloatingPointError(
-                "the gradients hold NaN or infinity; the weights were not updated. Lower --lr, or check the rewards"
+            raise UpdateError(
+                "the gradients hold NaN or infinity, so the weights were not updated. Lower --lr, or look at the last"
+                " rollout's rewards and log-probs in OUTPUT_DIR/samples"
             )
         self._student.scheduler.step(increment=1)
         metrics = self._global_sums(outputs, ["policy_loss", "clip_fraction"])

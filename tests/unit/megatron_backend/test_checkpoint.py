@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import resource
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
