@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from contextlib import ExitStack
 
-from opd.config import Config, ConfigError, exit_with_error, parse_config
-from opd.config import warnings as config_warnings
+from opd.config import Config, ConfigError, exit_with_error, parse_config, warnings
 from opd.errors import UserError
 
 
@@ -17,7 +15,7 @@ def main(argv: list[str]) -> int:
         config = parse_config(argv)
         if config.output.dry_run:
             return show_plan(config)
-        for text in config_warnings(config):
+        for text in warnings(config):
             print(f"warning: {text}", file=sys.stderr)
         return train(config)
     except ConfigError as error:
@@ -39,9 +37,6 @@ def show_plan(config: Config) -> int:
 
 
 def train(config: Config) -> int:
-    # Engines on missing Transformer Engine and Apex, which a CPU has not, and on what torch will rename.
-    for category in (UserWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(megatron|mbridge)\.")
     from opd.build import build
     from opd.step import run
 

@@ -25,7 +25,10 @@ class RolloutEngine(Protocol):
         """
 
     def verify(self, tokens: list[int], expected_logprobs: list[float], *, tolerance: float) -> float:
-        """Scores ``tokens[1:]`` given what precedes each, at temperature 1, and returns the largest difference in nats.
+        """Scores ``tokens[1:]`` given what precedes each, at temperature 1.
+
+        Returns:
+            the mean absolute difference to ``expected_logprobs``, in nats.
 
         Raises:
             WeightSyncError: it is above ``tolerance``: the engine does not hold the trainer's weights.

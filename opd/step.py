@@ -144,7 +144,7 @@ def sync_weights(parts: Parts, *, version: int) -> float:
     """Gives the student's weights to the rollout engine and checks that both score the probe text alike.
 
     Returns:
-        the largest difference on the probe, in nats.
+        the mean absolute difference on the probe, in nats per token.
 
     Raises:
         WeightSyncError: it is above ``--max-logprob-mismatch``.
@@ -160,7 +160,7 @@ def sync_weights(parts: Parts, *, version: int) -> float:
     return engine.verify(
         parts.probe.tokens[0].tolist(),
         parts.trainer.score(parts.probe).tolist(),
-        tolerance=parts.config.rollout.max_logprob_mismatch,
+        tolerance=parts.config.max_logprob_mismatch,
     )
 
 

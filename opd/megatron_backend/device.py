@@ -33,6 +33,7 @@ _KNOWN_WARNINGS = (
     ".*cuda_graph_scope",
     ".*CUDA_DEVICE_MAX_CONNECTIONS",
     "Please use DTensor instead",  # megatron-core's checkpoint format
+    ".load_state_dict. is deprecated",  # megatron-core's checkpoint loading
     ".*(reduce_scatter_tensor|all_gather_into_tensor). is deprecated",  # megatron-core's optimizer
     "The .grad attribute of a Tensor that is not a leaf",  # megatron-core looks for it everywhere
 )

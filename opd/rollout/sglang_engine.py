@@ -138,12 +138,12 @@ class SGLangEngine:
                 actual = response_logprobs(answer, tokens, len(expected_logprobs))
             except TeacherError as error:
                 raise WeightSyncError(f"the SGLang server at {endpoint.url} cannot be checked: {error}") from error
-            difference = float((torch.tensor(actual, dtype=torch.float64) - expected_T).abs().max())
+            difference = float((torch.tensor(actual, dtype=torch.float64) - expected_T).abs().mean())
             if not difference <= tolerance:
                 raise WeightSyncError(
-                    f"after the weight sync the log-probs of the SGLang server at {endpoint.url} are off by up to "
-                    f"{difference:.3g} nats, more than --max-logprob-mismatch={tolerance}: it does not hold the "
-                    "trainer's weights"
+                    f"after the weight sync the log-probs of the SGLang server at {endpoint.url} are off by "
+                    f"{difference:.3g} nats per token, more than --max-logprob-mismatch={tolerance}: it does not hold "
+                    "the trainer's weights"
                 )
             worst = max(worst, difference)
         return worst
