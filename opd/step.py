@@ -53,6 +53,8 @@ def run(parts: Parts, state: RunState) -> None:
     """
     config = parts.config
     last = config.rollout.num_rollout
+    if state.step > 0:
+        logger.info("resumes after step %d of %d", state.step, last)
     sync_weights(parts, version=state.step)
     if state.step == 0 and parts.eval_sets and not config.eval.skip_eval_before_train:
         report(parts, 0, evaluate(parts))

@@ -9,22 +9,28 @@ scripts/models may be passed and are compared with the model's config.json, whic
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import ConfigError, build_parser, exit_with_error  # noqa: E402
 from opd.config.model_facts import ModelFacts, read_model_facts  # noqa: E402
 from opd.errors import UserError  # noqa: E402
+from tools.conversion import check_output, convert_alone  # noqa: E402
+
+if TYPE_CHECKING:
+    from opd.megatron_backend.convert import Converted
+    from opd.megatron_backend.groups import ParallelSizes
 
 
 def main(argv: list[str]) -> None:
     try:
         options = _parse(argv)
-        _check_output(Path(options.save), force=options.force)
+        check_output(Path(options.save), flag="--save", force=options.force)
         _convert(options)
     except (UserError, OSError) as error:
         exit_with_error(error)
@@ -54,41 +60,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _check_output(output: Path, *, force: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"`--save={output}` is a file. Choose a folder.")
-    if not force and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"`--save={output}` is not empty. Choose another folder, or replace what it holds: --force.")
-
-
 def _convert(options: argparse.Namespace) -> None:
-    # Conversion needs memory, not arithmetic: host memory holds models that no single GPU does.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    def convert(sizes: ParallelSizes, say: Callable[[str], None]) -> Converted:
+        from opd.megatron_backend.convert import hf_to_torch_dist
 
-    console = Console(stderr=True)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("starting Megatron", total=None)
-        from opd.megatron_backend import device, groups
+        source, target = Path(options.hf_checkpoint), Path(options.save)
+        return hf_to_torch_dist(source, target, sizes, trust_remote_code=options.trust_remote_code, say=say)
 
-        rank_device = device.install()
-        from opd.megatron_backend import convert
-
-        sizes = groups.ParallelSizes()
-        groups.init_distributed(sizes, device=rank_device)
-        try:
-            done = convert.hf_to_torch_dist(
-                Path(options.hf_checkpoint),
-                Path(options.save),
-                sizes,
-                trust_remote_code=options.trust_remote_code,
-                say=lambda text: progress.update(task, description=text),
-            )
-        finally:
-            groups.shutdown()
-    dtype = str(done.dtype).removeprefix("torch.")
-    console.print(f"{done.num_parameters:,} parameters in {dtype} -> {done.path}", highlight=False)
+    convert_alone(convert)
 
 
 if __name__ == "__main__":

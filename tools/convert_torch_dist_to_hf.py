@@ -9,15 +9,21 @@ tokenizer come from ``--origin-hf-dir``, or from the hf/ folder that checkpoints
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import ConfigError, exit_with_error  # noqa: E402
 from opd.errors import UserError  # noqa: E402
 from opd.megatron_backend.checkpoint_layout import hf_files, resolve  # noqa: E402
+from tools.conversion import check_output, convert_alone  # noqa: E402
+
+if TYPE_CHECKING:
+    from opd.megatron_backend.convert import Converted
+    from opd.megatron_backend.groups import ParallelSizes
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +31,7 @@ def main(argv: list[str]) -> None:
         options = _parse(argv)
         source = resolve(options.input_dir)
         origin = _origin(options)
-        _check_output(Path(options.output_dir), force=options.force)
+        check_output(Path(options.output_dir), flag="--output-dir", force=options.force)
         _convert(source, origin, options)
     except (UserError, OSError) as error:
         exit_with_error(error)
@@ -54,45 +60,21 @@ def _origin(options: argparse.Namespace) -> Path:
     return origin
 
 
-def _check_output(output: Path, *, force: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"`--output-dir={output}` is a file. Choose a folder.")
-    if not force and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(
-            f"`--output-dir={output}` is not empty. Choose another folder, or replace what it holds: --force."
+def _convert(source: Path, origin: Path, options: argparse.Namespace) -> None:
+    def convert(sizes: ParallelSizes, say: Callable[[str], None]) -> Converted:
+        from opd.megatron_backend.convert import torch_dist_to_hf
+
+        return torch_dist_to_hf(
+            source,
+            origin,
+            Path(options.output_dir),
+            sizes,
+            max_shard_size=options.max_shard_size,
+            trust_remote_code=options.trust_remote_code,
+            say=say,
         )
 
-
-def _convert(source: Path, origin: Path, options: argparse.Namespace) -> None:
-    # Conversion needs memory, not arithmetic: host memory holds models that no single GPU does.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("starting Megatron", total=None)
-        from opd.megatron_backend import device, groups
-
-        rank_device = device.install()
-        from opd.megatron_backend import convert
-
-        sizes = groups.ParallelSizes()
-        groups.init_distributed(sizes, device=rank_device)
-        try:
-            done = convert.torch_dist_to_hf(
-                source,
-                origin,
-                Path(options.output_dir),
-                sizes,
-                max_shard_size=options.max_shard_size,
-                trust_remote_code=options.trust_remote_code,
-                say=lambda text: progress.update(task, description=text),
-            )
-        finally:
-            groups.shutdown()
-    dtype = str(done.dtype).removeprefix("torch.")
-    console.print(f"{done.num_parameters:,} parameters in {dtype} -> {done.path}", highlight=False)
+    convert_alone(convert)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def server_command(options: ServerOptions, *, host: str, port: int, parent_pid: 
     if options.device == "cpu":
         command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         command += ["--disable-cuda-graph", "--disable-overlap-schedule"]
+        command += ["--sleep-on-idle"]  # its idle loop would take a core from the trainer and the other server
         if max_total_tokens is None:
             longest = options.context_length + CONTEXT_SLACK
             max_total_tokens = max(2 * longest, min(options.max_running_requests * longest, CPU_MAX_TOTAL_TOKENS))

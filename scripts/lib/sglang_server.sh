@@ -18,7 +18,7 @@ start_sglang_server() {
    local environment=(PYTHONPATH="$SGLANG_LIB_ROOT${PYTHONPATH:+:$PYTHONPATH}")
    if ! command -v nvidia-smi >/dev/null 2>&1; then
       flags+=(--device cpu --attention-backend torch_native --sampling-backend pytorch --disable-cuda-graph)
-      flags+=(--disable-overlap-schedule --dtype float32 --skip-server-warmup --max-total-tokens "${SGLANG_MAX_TOTAL_TOKENS:-65536}")
+      flags+=(--disable-overlap-schedule --sleep-on-idle --dtype float32 --skip-server-warmup --max-total-tokens "${SGLANG_MAX_TOTAL_TOKENS:-65536}")
       environment+=(SGLANG_USE_CPU_ENGINE=1)
    fi
    if [[ -n $SGLANG_SERVER_PID ]]; then

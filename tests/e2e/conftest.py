@@ -16,7 +16,7 @@ def tiny_options(model: Path) -> ServerOptions:
     return ServerOptions(model_path=str(model), device="cpu", dtype="float32")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def student_as_teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     log = tmp_path_factory.mktemp("student-server") / "server.log"
     with SGLangServer(tiny_options(TASK / "student"), log_path=log) as server:
