@@ -115,9 +115,12 @@ def generate(parts: Parts, prompts: list[Prompt], step: int) -> RolloutResult | 
 
 
 def make_training_batch(rolled: RolloutResult, config: Config) -> TokenBatch:
+    """Advantages come from the samples that are trained on: an aborted one must not move its group's mean."""
+    trainable_N = torch.tensor([s.trainable for s in rolled.samples])
     groups_N = torch.tensor([s.group_index for s in rolled.samples])
     rewards_N = torch.tensor(rolled.rewards, dtype=torch.float64)
-    advantages_N = outcome_advantages(rewards_N, groups_N, config.algorithm)
+    advantages_N = torch.zeros_like(rewards_N)
+    advantages_N[trainable_N] = outcome_advantages(rewards_N[trainable_N], groups_N[trainable_N], config.algorithm)
     return make_batch(rolled.samples, advantages_N, samples_per_step=config.global_batch_size)
 
 

@@ -46,6 +46,11 @@ class Sample:
         return len(self.tokens) - self.response_length
 
     @property
+    def trainable(self) -> bool:
+        """False for an aborted or empty answer: it has nothing to learn from, and its reward means nothing."""
+        return self.status is not SampleStatus.ABORTED and self.response_length > 0
+
+    @property
     def response_ids(self) -> list[int]:
         return self.tokens[self.prompt_length :]
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from opd.types import Sample, SampleStatus, TokenBatch
+from opd.types import Sample, TokenBatch
 
 
 def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, samples_per_step: int) -> TokenBatch:
     """The samples that can be trained on, in order. Aborted and empty answers are left out.
 
     Args:
-        outcome_advantages_N: one advantage for each of ``samples``, also for those left out.
+        outcome_advantages_N: one advantage for each of ``samples``; those left out are not read.
         samples_per_step: global batch size: every so many samples make one optimizer step.
 
     Raises:
         ValueError: no sample is left.
     """
-    kept = [i for i, s in enumerate(samples) if s.status is not SampleStatus.ABORTED and s.response_length > 0]
+    kept = [i for i, s in enumerate(samples) if s.trainable]
     if not kept:
         raise ValueError(f"none of {len(samples)} samples has a response: the rollout engine aborted all of them")
     chosen = [samples[i] for i in kept]
