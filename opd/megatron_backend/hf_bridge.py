@@ -158,6 +158,16 @@ def build_model(
     bridge.vocab_size = hf_config.vocab_size
     multiple = bridge.make_vocab_size_divisible_by
     bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / multiple) * multiple
+    model = _pipeline_stage(bridge, hf_config)
+    for parameter in model.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    model.bridge = bridge
+    clear_padded_rows(model)
+    return model.to(torch.cuda.current_device()) if on_gpu else model
+
+
+def _pipeline_stage(bridge: LLMBridge, hf_config: PretrainedConfig) -> BridgedModel:
+    """This rank's layers, with the model's own RoPE frequencies and its padded vocabulary masked."""
     rope = rope_parameters(hf_config)
     model = BridgedModel(
         config=bridge.config,
@@ -177,11 +187,7 @@ def build_model(
         model.rotary_pos_emb.inv_freq = inv_freq
     if model.post_process and bridge.padded_vocab_size > bridge.vocab_size:
         model.output_layer.register_forward_hook(_LowestLogits(bridge.vocab_size, bridge.padded_vocab_size))
-    for parameter in model.parameters():
-        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    model.bridge = bridge
-    clear_padded_rows(model)
-    return model.to(torch.cuda.current_device()) if on_gpu else model
+    return model
 
 
 @torch.no_grad()
