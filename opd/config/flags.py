@@ -43,6 +43,7 @@ def parse_flags(argv: list[str]) -> Config:
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
+        usage="python train.py FLAGS",
         description="On-policy distillation: a student writes, a teacher scores every token, the student learns.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -56,7 +56,7 @@ class ModelFlags:
     attention_dropout: float = flag(0.0, "must be 0: log-probs are recomputed")
     hidden_dropout: float = flag(0.0, "must be 0: log-probs are recomputed")
     bf16: bool = flag(False, "train in bfloat16 (fp32 without it)")
-    attention_backend: str = flag("auto", "attention kernel", choices=("auto", "flash", "fused", "unfused", "local"))
+    attention_backend: str = flag("auto", "accepted for slime scripts: the kernel is Transformer Engine's choice where that is installed, else torch's SDPA", choices=("auto", "flash", "fused", "unfused", "local"))
 
 
 @dataclass(frozen=True, kw_only=True)
