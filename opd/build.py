@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opd.config.model_rules import student_facts
+from opd.config.model_rules import max_context_len, student_facts
 from opd.config.paths import load_function
 from opd.config.schema import Config
 from opd.data.batching import make_batch
@@ -37,7 +37,7 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
         CheckpointError, UnsupportedModelError: a folder that cannot be loaded.
     """
     tokenizer = load_tokenizer(config.checkpoint.hf_checkpoint, config.output.trust_remote_code)
-    context = _max_context_len(config)
+    context = max_context_len(config, student_facts(config))
     prompts, eval_sets = _prompts(config, tokenizer, context), _eval_sets(config, tokenizer, context)
     leader = int(os.environ.get("RANK", "0")) == 0
     if leader and config.opd.opd_type == "sglang" and not config.opd.opd_skip_teacher_selftest:
@@ -59,7 +59,8 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
     if leader:
         from opd.report.reporter import Reporter
 
-        engine = _engine(config, device, stack)
+        engine = _engine(config, device, context)
+        stack.callback(engine.close)
         args = argparse.Namespace(**config.flat())
         task_reward, reward, post_process = _rewards(config)
         rollout = RolloutDriver(
@@ -93,11 +94,6 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
         probe=_probe(prompts),
     )
     return parts, state
-
-
-def _max_context_len(config: Config) -> int:
-    limit = student_facts(config).max_position_embeddings
-    return min(config.rollout.rollout_max_context_len or limit, limit)
 
 
 def _prompts(config: Config, tokenizer: Any, max_context_len: int) -> PromptDataset:
@@ -156,14 +152,12 @@ def _sampling(config: Config, eos_ids: tuple[int, ...]) -> tuple[SamplingParams,
     )
 
 
-def _engine(config: Config, device: torch.device, stack: ExitStack) -> RolloutEngine:
+def _engine(config: Config, device: torch.device, max_context_len: int) -> RolloutEngine:
     flags, dtype = config.rollout, torch.bfloat16 if config.model.bf16 else torch.float32
     if flags.rollout_engine == "sglang":
         from opd.rollout.sglang_engine import start_engine
 
-        engine = start_engine(config, dtype=dtype, device=device)
-        stack.callback(engine.close)
-        return engine
+        return start_engine(config, dtype=dtype, device=device, max_context_len=max_context_len)
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -176,7 +170,7 @@ def _engine(config: Config, device: torch.device, stack: ExitStack) -> RolloutEn
             model_config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust
         )
     return TorchEngine(
-        model, max_running_requests=flags.rollout_max_running_requests, max_context_len=_max_context_len(config)
+        model, max_running_requests=flags.rollout_max_running_requests, max_context_len=max_context_len
     )
 
 

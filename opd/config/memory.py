@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd.config.model_facts import ModelFacts
+from opd.config.model_rules import max_context_len
 from opd.config.schema import Config
 
 FP32 = 4  # bytes
@@ -124,7 +125,7 @@ def _torch_engine(config: Config, facts: ModelFacts, element: int) -> list[Memor
 def longest_sequence(config: Config, facts: ModelFacts) -> int:
     """Tokens of the longest prompt and answer that the flags allow."""
     rollout = config.rollout
-    limit = min(rollout.rollout_max_context_len or facts.max_position_embeddings, facts.max_position_embeddings)
+    limit = max_context_len(config, facts)
     if config.data.rollout_max_prompt_len is None:
         return limit  # prompts may be as long as the context allows
     return min(limit, config.data.rollout_max_prompt_len + rollout.rollout_max_response_len)

@@ -40,6 +40,13 @@ def teacher_facts(config: Config) -> ModelFacts | None:
     return read_model_facts(opd.opd_teacher_load, flag="--opd-teacher-load")
 
 
+def max_context_len(config: Config, student: ModelFacts) -> int:
+    """Tokens of prompt and answer at most: the flag's limit within the model's."""
+    return min(
+        config.rollout.rollout_max_context_len or student.max_position_embeddings, student.max_position_embeddings
+    )
+
+
 def model_rules(config: Config) -> Iterator[str]:
     student = student_facts(config)
     yield from _agreement_rules(config, student)
@@ -132,13 +139,11 @@ def _teacher_rules(config: Config, student: ModelFacts, teacher: ModelFacts) -> 
     load = flag_text("opd_teacher_load", config.opd.opd_teacher_load)
     if teacher.vocab_size != student.vocab_size:
         yield (
-            f"{load} has a vocabulary of {teacher.vocab_size} and `--hf-checkpoint` one of {student.vocab_size}: the "
-            "reverse KL compares "
-            "the same token under both. Choose a teacher with the student's tokenizer and vocabulary."
+            f"{load} has a vocabulary of {teacher.vocab_size} and `--hf-checkpoint` one of {student.vocab_size}: "
+            "the reverse KL compares the same token under both. Choose a teacher with the student's tokenizer and "
+            "vocabulary."
         )
-    longest = min(
-        config.rollout.rollout_max_context_len or student.max_position_embeddings, student.max_position_embeddings
-    )
+    longest = max_context_len(config, student)
     needed = config.rollout.rollout_max_response_len
     if config.data.rollout_max_prompt_len is not None:
         needed = min(longest, needed + config.data.rollout_max_prompt_len)

@@ -101,8 +101,8 @@ class RolloutDriver:
         )
 
     def close(self) -> None:
+        """Ends the event loop of the rewards; the engine is its maker's to close."""
         self._loop.close()
-        self.engine.close()
 
     def _new_samples(self, prompts: list[Prompt], samples_per_prompt: int, first_index: int) -> list[Sample]:
         return [

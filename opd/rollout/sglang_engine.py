@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 
 from opd.background_loop import BackgroundLoop
-from opd.config.model_facts import read_model_facts
 from opd.config.schema import Config
 from opd.errors import EngineError, TeacherError, WeightSyncError
 from opd.serving import weight_push
@@ -271,15 +270,13 @@ def request_seed(seed: int, key: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def start_engine(config: Config, *, dtype: torch.dtype, device: torch.device) -> SGLangEngine:
+def start_engine(config: Config, *, dtype: torch.dtype, device: torch.device, max_context_len: int) -> SGLangEngine:
     """Starts the servers that the flags ask for and waits until all answer.
 
     Raises:
         EngineError: a server did not come up; none is left running.
     """
     flags = config.rollout
-    positions = read_model_facts(str(config.checkpoint.hf_checkpoint), flag="--hf-checkpoint").max_position_embeddings
-    max_context_len = min(flags.rollout_max_context_len or positions, positions)
     tp_size = flags.rollout_num_gpus_per_engine
     count = flags.rollout_num_gpus // tp_size
     per_server = -(-flags.rollout_max_running_requests // count)
@@ -319,8 +316,7 @@ def start_engine(config: Config, *, dtype: torch.dtype, device: torch.device) ->
 
 
 def _first_gpu(config: Config, device: torch.device) -> int:
-    """Behind the training ranks' GPUs where the machine has enough of them, else shared with them from the "
-    "first on."""
+    """Behind the training ranks' GPUs where the machine has enough of them, else shared with them, from the first."""
     training = config.parallel.actor_num_gpus_per_node
     enough = device.type == "cuda" and torch.cuda.device_count() >= training + config.rollout.rollout_num_gpus
     return training if enough else 0
