@@ -35,6 +35,7 @@ setup(
         "packaging",
         "psutil",  # without it a Megatron checkpoint save hangs
         "pyarrow",
+        "pyyaml",
         "rich",
         "safetensors",
         "tenacity",

@@ -9,18 +9,24 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from opd.config.model_rules import max_context_len, student_facts
+from opd.config.model_rules import coloaded_teachers, max_context_len, student_facts
 from opd.config.paths import load_function
 from opd.config.schema import Config
+from opd.config.teachers import teachers
+from opd.data.answers import AnswerDataset, AnswerSource
 from opd.data.batching import make_batch
 from opd.data.prompts import Prompt, PromptDataset
+from opd.data.teacher_prompts import TeacherPrompts
 from opd.data.tokenizer import eos_token_ids, load_tokenizer
 from opd.interfaces import PostProcessFn, RewardFn, RolloutEngine
 from opd.rollout.driver import RolloutDriver, keep_rewards
+from opd.rollout.speculative_kd import SpeculativeKDEngine
+from opd.rollout.torch_engine import TorchEngine
 from opd.run_state import RunState
 from opd.step import Parts
 from opd.types import Sample, SampleStatus, SamplingParams, TokenBatch
@@ -39,6 +45,7 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
     tokenizer = load_tokenizer(config.checkpoint.hf_checkpoint, config.output.trust_remote_code)
     context = max_context_len(config, student_facts(config))
     prompts, eval_sets = _prompts(config, tokenizer, context), _eval_sets(config, tokenizer, context)
+    answers = _answers(config, tokenizer, context)
     leader = int(os.environ.get("RANK", "0")) == 0
     if leader and config.opd.opd_type == "sglang" and not config.opd.opd_skip_teacher_selftest:
         _test_teacher(config, tokenizer)
@@ -46,20 +53,23 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
     from opd.megatron_backend import device as megatron_device
 
     device = megatron_device.install()
-    from opd.megatron_backend.build import build_trainer
+    from opd.megatron_backend.build import build_critic, build_trainer
 
     trainer, extra = build_trainer(config, device)
     stack.callback(trainer.close)
     state = RunState() if extra is None else RunState.from_json(extra)
+    critic = build_critic(config, resumed_step=state.step or None) if config.uses_critic else None
     if state.prompts is not None:
         prompts.restore(state.prompts)
+    if answers is not None and state.answers is not None:
+        answers.restore(state.answers)
 
     rollout = eval_rollout = reporter = None
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     if leader:
         from opd.report.reporter import Reporter
 
-        engine = _engine(config, device, context)
+        engine, student = _engines(config, device, context)
         stack.callback(engine.close)
         args = argparse.Namespace(**config.flat())
         task_reward, reward, post_process = _rewards(config)
@@ -69,9 +79,9 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
             post_process=post_process,
             args=args,
             decode=decode,
-            take_scoring_stats=_scoring_stats(config),
+            take_scoring_stats=_scoring_stats(config, engine),
         )
-        eval_rollout = RolloutDriver(engine, reward=task_reward, post_process=keep_rewards, args=args, decode=decode)
+        eval_rollout = RolloutDriver(student, reward=task_reward, post_process=keep_rewards, args=args, decode=decode)
         stack.callback(rollout.close)
         stack.callback(eval_rollout.close)
         reporter = stack.enter_context(
@@ -79,11 +89,13 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
                 config.output, total_steps=config.rollout.num_rollout, start_step=state.step, run_flags=config.flat()
             )
         )
-    train_sampling, eval_sampling = _sampling(config, eos_token_ids(config.checkpoint.hf_checkpoint, tokenizer))
+    train_sampling, eval_sampling = _sampling(config, _stop_ids(config, tokenizer))
     parts = Parts(
         config=config,
         trainer=trainer,
+        critic=critic,
         prompts=prompts,
+        answers=answers,
         eval_sets=eval_sets,
         train_sampling=train_sampling,
         eval_sampling=eval_sampling,
@@ -106,6 +118,52 @@ def _prompts(config: Config, tokenizer: Any, max_context_len: int) -> PromptData
         tokenizer=tokenizer,
         apply_chat_template=data.apply_chat_template,
         max_prompt_len=data.rollout_max_prompt_len,
+        max_context_len=max_context_len,
+        shuffle=data.rollout_shuffle,
+        seed=config.rollout.rollout_seed,
+        teacher=_teacher_prompts(config),
+    )
+
+
+def _teacher_prompts(config: Config) -> TeacherPrompts | None:
+    opd, specs = config.opd, teachers(config)
+    if not specs:
+        return None
+    routed = opd.opd_teacher_combine == "route" and len(specs) > 1
+    return TeacherPrompts(
+        prompt_key=opd.opd_teacher_prompt_key,
+        template=opd.opd_teacher_prompt_template,
+        system_prompt=opd.opd_teacher_system_prompt,
+        route_key=opd.opd_teacher_key if routed else None,
+        names=tuple(spec.name for spec in specs),
+        positions=tuple(facts.max_position_embeddings for _, facts in coloaded_teachers(config)),
+        max_response_len=config.rollout.rollout_max_response_len,
+    )
+
+
+def _answers(config: Config, tokenizer: Any, max_context_len: int) -> AnswerDataset | None:
+    data, flags = config.data, config.off_policy
+    if flags.sft_data is None:
+        return None
+    teacher = _teacher_prompts(config)
+    if teacher is not None and config.distillation.distillation_type is None:  # then its scores are not used
+        teacher = dataclasses.replace(teacher, prompt_key=None, template=None, system_prompt=None, route_key=None)
+    shows_label = teacher is not None and "{label}" in (teacher.template or "")
+    source = AnswerSource(
+        path=Path(flags.sft_data),
+        input_key=data.input_key,
+        label_key=data.label_key if shows_label else None,  # nothing judges these answers
+        metadata_key=data.metadata_key,
+        apply_chat_template=data.apply_chat_template,
+        teacher=teacher,
+        response_key=flags.sft_response_key,
+    )
+    return AnswerDataset(
+        source,
+        tokenizer=tokenizer,
+        end_ids=_stop_ids(config, tokenizer),
+        max_prompt_len=data.rollout_max_prompt_len,
+        max_response_len=config.rollout.rollout_max_response_len,
         max_context_len=max_context_len,
         shuffle=data.rollout_shuffle,
         seed=config.rollout.rollout_seed,
@@ -132,18 +190,26 @@ def _eval_sets(config: Config, tokenizer: Any, max_context_len: int) -> list[tup
     ]
 
 
-def _sampling(config: Config, eos_ids: tuple[int, ...]) -> tuple[SamplingParams, SamplingParams]:
+def _stop_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that end an answer, ascending."""
+    own = eos_token_ids(config.checkpoint.hf_checkpoint, tokenizer)
+    return tuple(sorted({*own, *(config.rollout.rollout_stop_token_ids or ())}))
+
+
+def _sampling(config: Config, stop_ids: tuple[int, ...]) -> tuple[SamplingParams, SamplingParams]:
     flags, evaluation = config.rollout, config.eval
     train = SamplingParams(
         temperature=flags.rollout_temperature,
         top_p=flags.rollout_top_p,
         top_k=flags.rollout_top_k,
         max_new_tokens=flags.rollout_max_response_len,
-        stop_token_ids=tuple(sorted({*eos_ids, *(flags.rollout_stop_token_ids or ())})),
+        stop_token_ids=stop_ids,
         seed=flags.rollout_seed,
+        top_ids=_student_top_ids(config),
     )
     return train, dataclasses.replace(
         train,
+        top_ids=0,
         temperature=evaluation.eval_temperature,
         top_p=evaluation.eval_top_p,
         top_k=evaluation.eval_top_k,
@@ -152,26 +218,39 @@ def _sampling(config: Config, eos_ids: tuple[int, ...]) -> tuple[SamplingParams,
     )
 
 
-def _engine(config: Config, device: torch.device, max_context_len: int) -> RolloutEngine:
+def _student_top_ids(config: Config) -> int:
+    """How many of its likeliest tokens the student reports: a served teacher has to be asked about them by id."""
+    flags = config.distillation
+    asked = config.opd.opd_type == "sglang" and flags.distillation_support in ("student", "union")
+    return (flags.distillation_top_k or 0) if asked else 0
+
+
+def _engines(config: Config, device: torch.device, max_context_len: int) -> tuple[RolloutEngine, RolloutEngine]:
+    """(what writes the training samples, what writes the evaluation's: the student alone)."""
     flags, dtype = config.rollout, torch.bfloat16 if config.model.bf16 else torch.float32
     if flags.rollout_engine == "sglang":
         from opd.rollout.sglang_engine import start_engine
 
-        return start_engine(config, dtype=dtype, device=device, max_context_len=max_context_len)
+        engine = start_engine(config, dtype=dtype, device=device, max_context_len=max_context_len)
+        return engine, engine
 
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
-    from opd.rollout.torch_engine import TorchEngine
-
-    trust = config.output.trust_remote_code
-    model_config = AutoConfig.from_pretrained(config.checkpoint.hf_checkpoint, trust_remote_code=trust)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": config.output.trust_remote_code}
+    model_config = AutoConfig.from_pretrained(
+        config.checkpoint.hf_checkpoint, trust_remote_code=config.output.trust_remote_code
+    )
     with device:  # weights come from the trainer before the first answer
-        model = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust
-        )
-    return TorchEngine(
+        model = AutoModelForCausalLM.from_config(model_config, **options)
+    student = TorchEngine(
         model, max_running_requests=flags.rollout_max_running_requests, max_context_len=max_context_len
     )
+    if flags.rollout_engine == "torch":
+        return student, student
+    transformers_logging.disable_progress_bar()  # the run has bars of its own
+    teacher = AutoModelForCausalLM.from_pretrained(config.opd.opd_teacher_load, **options).to(device)
+    return SpeculativeKDEngine(student, teacher, top_k=flags.skd_top_k), student
 
 
 def _rewards(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]:
@@ -190,6 +269,7 @@ def _rewards(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]:
         return task_reward, task_reward, process
 
     from opd.rewards.on_policy_distillation import post_process_rewards, reward_func
+    from opd.teachers.served_teachers import ServedTeachers
 
     task_reward = custom if custom not in (None, reward_func) else _rule(config)
     store_scores = (
@@ -197,7 +277,9 @@ def _rewards(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]:
         if process in (keep_rewards, post_process_rewards)
         else _both(post_process_rewards, process)
     )
-    return task_reward, partial(reward_func, task_reward=task_reward), store_scores
+    served = ServedTeachers.of_config(config, vocab_size=student_facts(config).vocab_size)
+    score = partial(reward_func, task_reward=_of_own_answers(task_reward), teachers=served)
+    return task_reward, score, store_scores
 
 
 def _rule(config: Config) -> RewardFn:
@@ -208,12 +290,23 @@ def _rule(config: Config) -> RewardFn:
     return rule_reward
 
 
-def _scoring_stats(config: Config) -> Callable[[], dict[str, float]]:
+def _scoring_stats(config: Config, engine: RolloutEngine) -> Callable[[], dict[str, float]]:
+    if isinstance(engine, SpeculativeKDEngine):
+        return engine.take_stats
     if config.opd.opd_type != "sglang":
         return dict
     from opd.rewards.on_policy_distillation import take_teacher_stats
 
     return take_teacher_stats
+
+
+def _of_own_answers(task_reward: RewardFn) -> RewardFn:
+    """0 for an answer of --sft-data: it is shown to the teacher alone, and its row need not have a label."""
+
+    async def reward(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, Any]:
+        return 0.0 if sample.off_policy else await task_reward(args, sample, **kwargs)
+
+    return reward
 
 
 async def _no_reward(args: Any, sample: Sample, **_: Any) -> float:
@@ -234,17 +327,20 @@ def _test_teacher(config: Config, tokenizer: Any) -> None:
     from opd.teachers.selftest import check_teacher
 
     key_variable = config.opd.opd_teacher_api_key_env
+    by_address = {spec.location: spec for spec in reversed(teachers(config))}  # names that share one: the first
     loop = BackgroundLoop("teacher self-test")
     try:
-        loop.run(
-            check_teacher(
-                config.reward.rm_url,
-                tokenizer,
-                student_folder=config.checkpoint.hf_checkpoint,
-                api_key=os.environ.get(key_variable) if key_variable else None,
-                timeout_s=config.opd.opd_teacher_timeout,
+        for address, spec in by_address.items():
+            loop.run(
+                check_teacher(
+                    address,
+                    tokenizer,
+                    student_folder=config.checkpoint.hf_checkpoint,
+                    api_key=os.environ.get(key_variable) if key_variable else None,
+                    timeout_s=config.opd.opd_teacher_timeout,
+                    shown=spec.shown,
+                )
             )
-        )
     finally:
         loop.close()
 

@@ -50,8 +50,20 @@ class PostProcessFn(Protocol):
     def __call__(self, args: Any, samples: list[Sample], **kwargs: Any) -> tuple[list[float], list[float]]: ...
 
 
+class Critic(Protocol):
+    """PPO's value model. With several ranks every method is called by all of them together."""
+
+    def forward_values(self, batch: TokenBatch) -> TokenBatch:
+        """Fills ``values_T``. No gradients."""
+
+    def update(self, batch: TokenBatch) -> dict[str, float]:
+        """As ``Trainer.update``, towards ``returns_T``."""
+
+    def save(self, iteration: int) -> None: ...
+
+
 class Trainer(Protocol):
-    """Holds the student (and a co-loaded teacher), computes log-probs and updates the student.
+    """Holds the student (and co-loaded teachers), computes log-probs and updates the student.
 
     With several ranks every method is called by all of them together.
     """
@@ -60,8 +72,9 @@ class Trainer(Protocol):
         """This data-parallel rank's share of the batch that rank 0 gives."""
 
     def forward_logprobs(self, batch: TokenBatch, model: str) -> TokenBatch:
-        """``model``: "student" fills ``student_logprobs_T`` and ``student_kl_logprobs_T``; "teacher" fills
-        ``teacher_logprobs_T`` and ``teacher_scored_N``. No gradients."""
+        """``model``: "student" fills ``student_logprobs_T``, ``student_kl_logprobs_T`` and ``student_entropy_T``;
+        "teacher" fills ``teacher_logprobs_T``, ``teacher_entropy_T`` and ``teacher_scored_N``; "reference" fills
+        ``ref_logprobs_T``. No gradients."""
 
     def map(self, fn: Callable[..., TokenBatch], batch: TokenBatch) -> TokenBatch:
         """``fn(batch, data_parallel_group=...)`` on this rank's share; the group is None for one rank."""

@@ -1,4 +1,4 @@
-"""What a resume needs beyond weights, optimizer, scheduler and RNG: the step and the place in the prompts.
+"""What a resume needs beyond weights, optimizer, scheduler and RNG: the step and the place in the data.
 
 Sampling needs no state: the noise of an answer follows from (seed, sample index).
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.config.schema import Config
+from opd.data.answers import AnswerDataset
 from opd.data.prompts import PromptDataset
 
 
@@ -16,16 +17,21 @@ from opd.data.prompts import PromptDataset
 class RunState:
     step: int = 0  # rollouts done
     prompts: dict[str, Any] | None = None  # PromptDataset.state(); None: the start
+    answers: dict[str, Any] | None = None  # AnswerDataset.state(); None: the start, or no --sft-data
 
-    def with_cursor(self, prompts: PromptDataset) -> RunState:
-        return RunState(step=self.step, prompts=prompts.state())
+    def after_step(self, prompts: PromptDataset, answers: AnswerDataset | None) -> RunState:
+        """One step later, with the cursors where they are now."""
+        return RunState(
+            step=self.step + 1, prompts=prompts.state(), answers=None if answers is None else answers.state()
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, "prompts": self.prompts}
+        return {"step": self.step, "prompts": self.prompts, "answers": self.answers}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> RunState:
-        return RunState(step=int(data["step"]), prompts=data["prompts"])
+        """``data`` may be of a run without --sft-data, or from before there was such a flag."""
+        return RunState(step=int(data["step"]), prompts=data["prompts"], answers=data.get("answers"))
 
 
 def save_due(config: Config, step: int) -> bool:

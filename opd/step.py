@@ -12,18 +12,22 @@ from typing import Any
 
 import torch
 
+from opd.config.off_policy_rules import off_policy_prompts
 from opd.config.schema import Config
+from opd.config.teachers import teachers
+from opd.data.answers import AnswerDataset
 from opd.data.batching import make_batch
 from opd.data.prompts import Prompt, PromptDataset
 from opd.errors import UnscoredError, UserError
-from opd.interfaces import Trainer
+from opd.interfaces import Critic, Trainer
 from opd.megatron_backend.checkpoint_layout import CheckpointError
 from opd.report.reporter import Reporter
 from opd.rollout.driver import RolloutDriver, RolloutResult
+from opd.rollout.mixing import NOTHING, mix, unscored
 from opd.run_state import RunState, save_due
 from opd.step_metrics import batch_metrics, per_sample_values, rollout_metrics
 from opd.training_signal import add_training_signal, outcome_advantages
-from opd.types import SamplingParams, TokenBatch
+from opd.types import Sample, SamplingParams, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,9 @@ class Parts:
 
     config: Config
     trainer: Trainer
+    critic: Critic | None
     prompts: PromptDataset
+    answers: AnswerDataset | None  # --sft-data
     eval_sets: list[tuple[str, list[Prompt]]]
     train_sampling: SamplingParams
     eval_sampling: SamplingParams
@@ -61,7 +67,7 @@ def run(parts: Parts, state: RunState) -> None:
     saved = True
     while state.step < last:
         metrics = train_step(parts, state)
-        state = RunState(step=state.step + 1, prompts=parts.prompts.state())
+        state = state.after_step(parts.prompts, parts.answers)
         if parts.eval_sets and (state.step % config.eval.eval_interval == 0 or state.step == last):
             metrics |= evaluate(parts)
         report(parts, state.step, metrics)
@@ -74,19 +80,23 @@ def train_step(parts: Parts, state: RunState) -> dict[str, float]:
     config, trainer, step = parts.config, parts.trainer, state.step + 1
     clock = Clock()
     with saving_on_failure(parts, state):  # up to the update nothing has been learned: a failure loses nothing
-        rolled = generate(parts, parts.prompts.take(config.rollout.rollout_batch_size), step)
+        rolled = generate(parts, step)
         with clock("train"):
             batch = trainer.load(rolled and make_training_batch(rolled, config))
             batch = trainer.forward_logprobs(batch, "student")
+            if config.needs_reference:
+                batch = trainer.forward_logprobs(batch, "reference")
+            if parts.critic is not None:
+                batch = parts.critic.forward_values(batch)
         if config.opd.opd_type == "megatron":
             with clock("teacher"):
                 batch = trainer.forward_logprobs(batch, "teacher")
         with clock("train"):
-            batch = trainer.map(partial(add_training_signal, algorithm=config.algorithm, opd=config.opd), batch)
-        metrics = batch_metrics(batch, trainer, use_opd=config.opd.use_opd)
+            batch = trainer.map(partial(add_training_signal, config=config), batch)
+        metrics = batch_metrics(batch, trainer, config=config)
         check_scored(metrics, config)
     with clock("train"):
-        metrics |= trainer.update(batch)
+        metrics |= update(parts, batch, step)
     with clock("sync"):
         metrics["sync_error"] = sync_weights(parts, version=step)
 
@@ -94,29 +104,63 @@ def train_step(parts: Parts, state: RunState) -> dict[str, float]:
         metrics |= rollout_metrics(rolled)
         clock.seconds["rollout"] = rolled.seconds_generation
         clock.seconds["teacher"] += rolled.seconds_scoring_tail
-        per_token = per_sample_values(batch, rolled.samples, kl_coef=config.opd.opd_kl_coef)
+        per_token = per_sample_values(batch, rolled.samples, kl_coef=config.penalty_coef)
         parts.reporter.samples(step, rolled.samples, decode=parts.decode, **per_token)
     return metrics | clock.metrics()
 
 
-def generate(parts: Parts, prompts: list[Prompt], step: int) -> RolloutResult | None:
-    """The samples of a step; None on ranks that do not generate. Their indices, hence their noise, follow from it."""
+def update(parts: Parts, batch: TokenBatch, step: int) -> dict[str, float]:
+    """The critic's, then the student's optimizer steps; the student waits for --num-critic-only-steps.
+
+    The critic learns from what the student wrote: a warm-up step on answers from a file has nothing for it.
+    """
+    warming_up = step <= parts.config.off_policy.sft_steps
+    metrics = parts.critic.update(batch) if parts.critic is not None and not warming_up else {}
+    if step > parts.config.critic.num_critic_only_steps:
+        return metrics | parts.trainer.update(batch)
+    return metrics | {"policy_loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
+
+
+def generate(parts: Parts, step: int) -> RolloutResult | None:
+    """The samples of a step, the student's own and those of --sft-data; None on ranks that do not generate.
+
+    All ranks move the data cursors. The indices of the samples, hence their noise, follow from the step.
+    """
+    config = parts.config
+    per_prompt = config.rollout.n_samples_per_prompt
+    from_file = off_policy_prompts(config, step)
+    prompts = parts.prompts.take(config.rollout.rollout_batch_size - from_file)
+    first_index = (step - 1) * config.samples_per_rollout
+    answers = []
+    if parts.answers is not None:
+        answers = parts.answers.take_samples(from_file * per_prompt, first_index + len(prompts) * per_prompt)
     if parts.rollout is None:
         return None
-    config = parts.config
-    with parts.reporter.console.rollout(config.samples_per_rollout) as progress:
+    own = write_own(parts, prompts, first_index) if prompts else NOTHING
+    return mix(own, score_answers(parts, answers)) if answers else own
+
+
+def write_own(parts: Parts, prompts: list[Prompt], first_index: int) -> RolloutResult:
+    samples_per_prompt = parts.config.rollout.n_samples_per_prompt
+    with parts.reporter.console.rollout(len(prompts) * samples_per_prompt) as progress:
         return parts.rollout.run(
             prompts,
-            samples_per_prompt=config.rollout.n_samples_per_prompt,
-            first_index=(step - 1) * config.samples_per_rollout,
+            samples_per_prompt=samples_per_prompt,
+            first_index=first_index,
             params=parts.train_sampling,
             advance=progress.advance,
         )
 
 
+def score_answers(parts: Parts, answers: list[Sample]) -> RolloutResult:
+    """A co-loaded teacher scores the whole batch later, and the log-likelihood needs no teacher."""
+    distilled = parts.config.distillation.distillation_type is not None
+    return parts.rollout.score(answers) if distilled and parts.config.opd.opd_type == "sglang" else unscored(answers)
+
+
 def make_training_batch(rolled: RolloutResult, config: Config) -> TokenBatch:
-    """Advantages come from the samples that are trained on: an aborted one must not move its group's mean."""
-    trainable_N = torch.tensor([s.trainable for s in rolled.samples])
+    """Advantages come from the student's samples that are trained on: an aborted one must not move its group's mean."""
+    trainable_N = torch.tensor([s.trainable and not s.off_policy for s in rolled.samples])
     groups_N = torch.tensor([s.group_index for s in rolled.samples])
     rewards_N = torch.tensor(rolled.rewards, dtype=torch.float64)
     advantages_N = torch.zeros_like(rewards_N)
@@ -174,7 +218,7 @@ def check_scored(metrics: dict[str, float], config: Config) -> None:
     if share > limit:
         raise UnscoredError(
             f"{share:.0%} of this rollout's samples have no teacher score, more than --opd-max-unscored-share={limit}."
-            f" Check the teacher at --rm-url={config.reward.rm_url}, then resume with --load"
+            f" Check {', '.join(teacher.shown for teacher in teachers(config))}, then resume with --load"
         )
 
 
@@ -204,6 +248,8 @@ def save(parts: Parts, state: RunState, *, must: bool) -> bool:
     if parts.reporter is not None:
         parts.reporter.console.phase("save")
     try:
+        if parts.critic is not None:  # first: a student's checkpoint must find its critic's
+            parts.critic.save(state.step)
         parts.trainer.save(state.step, extra=state.to_json())
     except CheckpointError as error:
         if must:

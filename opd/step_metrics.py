@@ -6,42 +6,99 @@ from typing import Any
 
 import torch
 
+from opd.config.schema import Config
+from opd.config.teachers import teachers
 from opd.interfaces import Trainer
 from opd.rollout.driver import RolloutResult
 from opd.types import Sample, SampleStatus, TokenBatch
 
+POSITION_BUCKETS = 4  # of a response, equally long
+COUNT = " tokens"  # ends the name of a sum that others are divided by
 
-def batch_metrics(batch: TokenBatch, trainer: Trainer, *, use_opd: bool) -> dict[str, float]:
-    """Of the training batch: reverse KL (nats per scored token), the gap between the engine's and the trainer's
-    log-probs (nats), tokens, and the share of samples without a teacher score."""
-    gap_T = (batch.student_logprobs_T - batch.rollout_logprobs_T).abs() * batch.loss_mask_T
-    sums = {"tokens": float(batch.loss_mask_T.sum()), "samples": float(len(batch)), "gap": float(gap_T.double().sum())}
-    maxima = {"logprob_mismatch_max": float(gap_T.max())}
-    if use_opd:
-        scored_T = batch.teacher_scored_N.repeat_interleave(torch.tensor(batch.response_lengths)) * batch.loss_mask_T
-        sums["scored_tokens"] = float(scored_T.sum())
-        sums["reverse_kl"] = float(batch.reverse_kl_T.double().sum())
-        sums["unscored"] = float((~batch.teacher_scored_N).sum())
-    total = trainer.sum_over_ranks(sums, maxima)
-    metrics = {
-        "tokens": int(total["tokens"]),
-        "logprob_mismatch_mean": total["gap"] / max(total["tokens"], 1),
-        "logprob_mismatch_max": total["logprob_mismatch_max"],
-    }
-    if use_opd:
-        metrics["opd_reverse_kl"] = total["reverse_kl"] / max(total["scored_tokens"], 1)
-        metrics["unscored_share"] = total["unscored"] / max(total["samples"], 1)
+
+def batch_metrics(batch: TokenBatch, trainer: Trainer, *, config: Config) -> dict[str, float]:
+    """Of the training batch: tokens; of the student's own answers, which a batch may lack, the entropy (nats), the gap
+    between the engine's and the trainer's log-probs (nats) and the KL to the teacher (``_kl_sums``); and the share of
+    samples without a teacher score, of those that should have one: the student's own, and with a distillation loss
+    those of --sft-data too."""
+    own_N, own_T = ~batch.off_policy_N, batch.own_mask_T
+    gap_T = (batch.student_logprobs_T - batch.rollout_logprobs_T).abs() * own_T
+    sums = {"tokens": _sum(batch.loss_mask_T), "own": _sum(own_T), "gap": _sum(gap_T)}
+    sums["student_entropy"] = _sum(batch.student_entropy_T * own_T)
+    if config.opd.use_opd:
+        expected_N = own_N if config.distillation.distillation_type is None else torch.ones_like(own_N)
+        sums |= {"expected": _sum(expected_N), "unscored": _sum(expected_N & ~batch.teacher_scored_N)}
+        sums |= _kl_sums(batch, own_T * batch.scored_mask_T, config)
+    total = trainer.sum_over_ranks(sums, {"logprob_mismatch_max": float(gap_T.max())})
+    metrics: dict[str, float] = {"tokens": int(total["tokens"])}
+    if total["own"] > 0:
+        if config.rollout.rollout_engine != "speculative_kd":  # there the two differ on purpose
+            metrics["logprob_mismatch_mean"] = total["gap"] / total["own"]
+            metrics["logprob_mismatch_max"] = total["logprob_mismatch_max"]
+        metrics["student_entropy"] = total["student_entropy"] / total["own"]
+    if config.opd.use_opd and total["expected"] > 0:
+        metrics["unscored_share"] = total["unscored"] / total["expected"]
+    counts = {name: total[name] for name in sums if name.endswith(COUNT)}
+    for name, count in counts.items():  # "opd_kl_k2 of opd tokens" is divided by "opd tokens"
+        means = [n for n in sums if n.endswith(f" of {name}")]
+        metrics |= {n.removesuffix(f" of {name}"): total[n] / count for n in means if count > 0}
     return metrics
 
 
+def _kl_sums(batch: TokenBatch, mask_T: torch.Tensor, config: Config) -> dict[str, float]:
+    """Sums over tokens that the student wrote and a teacher scored, named "<metric> of <count> tokens", and the counts.
+
+    Three one-sample estimates of KL(student || teacher) in nats: k1 (``opd_reverse_kl``, unbiased, may be negative), k2
+    and k3; k1 by part of the response and by teacher; and the share of tokens that --opd-kl-clip cuts.
+    """
+    log_ratio_T = batch.reverse_kl_T.double()
+    if config.rollout.rollout_engine == "speculative_kd":  # the teacher had a hand in the tokens: weigh it out
+        mask_T = mask_T * (batch.student_logprobs_T - batch.rollout_logprobs_T).double().exp()
+    columns = {"opd_reverse_kl": log_ratio_T}
+    columns["opd_kl_k2"] = log_ratio_T.square() / 2
+    columns["opd_kl_k3"] = (-log_ratio_T).exp() - 1 + log_ratio_T
+    if batch.teacher_entropy_T is not None:
+        columns["teacher_entropy"] = batch.teacher_entropy_T
+    if config.opd.opd_kl_clip is not None:
+        columns["opd_kl_clip_fraction"] = (log_ratio_T.abs() > config.opd.opd_kl_clip).double()
+    sums = {f"{name} of opd{COUNT}": _sum(values_T * mask_T) for name, values_T in columns.items()}
+    sums[f"opd{COUNT}"] = _sum(mask_T)
+
+    bucket_T = _buckets(batch)
+    parts = {f"opd_reverse_kl_part_{k + 1}": bucket_T == k for k in range(POSITION_BUCKETS)}
+    specs = teachers(config)
+    if len(specs) > 1 and config.opd.opd_teacher_combine == "route":
+        teacher_T = batch.teacher_N.repeat_interleave(torch.tensor(batch.response_lengths))
+        parts |= {f"teacher/{spec.name}/reverse_kl": teacher_T == k for k, spec in enumerate(specs)}
+    for name, part_T in parts.items():
+        sums[f"{name} of {name}{COUNT}"] = _sum(log_ratio_T * mask_T * part_T)
+        sums[f"{name}{COUNT}"] = _sum(mask_T * part_T)
+    return sums
+
+
+def _buckets(batch: TokenBatch) -> torch.Tensor:
+    """[T] int64: in which of the equal parts of its response a token lies."""
+    return torch.cat([torch.arange(n) * POSITION_BUCKETS // n for n in batch.response_lengths])
+
+
+def _sum(values: torch.Tensor) -> float:
+    return float(values.double().sum())
+
+
 def rollout_metrics(rolled: RolloutResult) -> dict[str, float]:
-    samples = rolled.samples
+    """Of the student's own answers; only ``off_policy_share`` tells of those of --sft-data."""
+    own = [s for s in rolled.samples if not s.off_policy]
+    metrics = {f"teacher_{name}": value for name, value in rolled.scoring.items()}
+    if len(own) < len(rolled.samples):
+        metrics["off_policy_share"] = 1 - len(own) / len(rolled.samples)
+    if not own:
+        return metrics
     return {
-        "reward_mean": sum(s.reward for s in samples) / len(samples),
-        "response_length_mean": sum(s.response_length for s in samples) / len(samples),
-        "truncated_share": sum(s.status is SampleStatus.TRUNCATED for s in samples) / len(samples),
-        "aborted_share": sum(s.status is SampleStatus.ABORTED for s in samples) / len(samples),
-        **{f"teacher_{name}": value for name, value in rolled.scoring.items()},
+        "reward_mean": sum(s.reward for s in own) / len(own),
+        "response_length_mean": sum(s.response_length for s in own) / len(own),
+        "truncated_share": sum(s.status is SampleStatus.TRUNCATED for s in own) / len(own),
+        "aborted_share": sum(s.status is SampleStatus.ABORTED for s in own) / len(own),
+        **metrics,
     }
 
 

@@ -1,6 +1,7 @@
 """The data that flows through one step: Sample -> TokenBatch -> metrics.
 
-Shape legend: N samples, T response tokens of all samples concatenated, L tokens of one sample (prompt + response).
+Shape legend: N samples, T response tokens of all samples concatenated, L tokens of one sample (prompt + response), K
+likely tokens at one position.
 
 Alignment rule: every ``*_T`` tensor covers **response tokens only** and is indexed by the token being predicted.
 Sample ``i`` owns ``response_lengths[i]`` consecutive entries, in sample order. The shift by one between a model's
@@ -23,6 +24,14 @@ class SampleStatus(Enum):
     ABORTED = "aborted"  # the engine lost the request: excluded from training
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopLogprobs:
+    """Some likely next tokens at each response token of one sample. A row may hold fewer than K: the rest is id -1."""
+
+    ids_TK: torch.Tensor  # int64
+    logprobs_TK: torch.Tensor  # log softmax at temperature 1 over the whole vocabulary, nats; anything where id is -1
+
+
 @dataclass(kw_only=True)
 class Sample:
     """One prompt and one answer. Field names follow slime's ``Sample``, so reward functions work on either."""
@@ -38,6 +47,11 @@ class Sample:
     status: SampleStatus = SampleStatus.PENDING
     rollout_log_probs: list[float] | None = None  # behaviour policy, at the rollout temperature, nats
     teacher_log_probs: list[float] | torch.Tensor | None = None  # temperature 1, nats; None: not scored
+    teacher_index: int = 0  # which of the run's teachers scores it, when samples are routed
+    off_policy: bool = False  # the answer comes from --sft-data
+    teacher_prompt_ids: list[int] | None = None  # a privileged teacher's own prompt; None: the student's
+    teacher_top: TopLogprobs | None = None  # of an SGLang teacher, for a top-k distillation loss
+    student_top_ids: list[list[int]] | None = None  # the student's likeliest ids at each response token
     weight_version: int | None = None  # weights that wrote the response
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -63,6 +77,7 @@ class SamplingParams:
     max_new_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    top_ids: int = 0  # report this many likeliest ids at every response token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +97,7 @@ class GenerationResult:
     ]  # log softmax(logits / temperature) of each response id, nats; not renormalised by top-p/top-k
     status: SampleStatus
     weight_version: int | None = None
+    top_ids: list[list[int]] | None = None  # with SamplingParams.top_ids: the likeliest ids at each response token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +113,25 @@ class TokenBatch:
     teacher_scored_N: torch.Tensor  # bool; False: no teacher score, the penalty skips this sample
     sample_N: torch.Tensor  # int64: position in the rollout's list of samples
     optimizer_step_N: torch.Tensor  # int64: which optimizer step of this rollout the sample belongs to
+    teacher_N: torch.Tensor  # int64: which of config.teachers scores the sample (routing); 0 with one teacher
+    off_policy_N: torch.Tensor  # bool: the answer comes from --sft-data, the student did not write it
+    teacher_tokens: list[torch.Tensor] | None = None  # N tensors: a privileged teacher's prompt, then the same response
+    teacher_top_ids_TK: torch.Tensor | None = None  # SGLang teacher: kept ids of each position, -1 where fewer
+    teacher_top_logprobs_TK: torch.Tensor | None = None
     # ----
     student_logprobs_T: torch.Tensor | None = None  # at the rollout temperature, before the update
     student_kl_logprobs_T: torch.Tensor | None = None  # at the temperature at which the KL is measured
+    student_entropy_T: torch.Tensor | None = None  # nats, at the rollout temperature
+    teacher_entropy_T: torch.Tensor | None = None  # nats, at the KL's temperature; of a co-loaded teacher
+    ref_logprobs_T: torch.Tensor | None = None  # reference model, at the rollout temperature
+    values_T: torch.Tensor | None = None  # critic, before its update
+    returns_T: torch.Tensor | None = None  # what the critic learns to predict
     advantages_T: torch.Tensor | None = None
     reverse_kl_T: torch.Tensor | None = None  # KL(student || teacher), one-sample estimate, 0 where not scored
-    loss_weights_T: torch.Tensor | None = None  # weight of each token before the global denominator
+    # Weights of the tokens in each loss of an optimizer step, before the loss's global denominator:
+    policy_weights_T: torch.Tensor | None = None
+    distillation_weights_T: torch.Tensor | None = None
+    sft_weights_T: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -111,8 +140,28 @@ class TokenBatch:
     def lengths(self) -> list[int]:
         return [len(t) for t in self.tokens]
 
+    @property
+    def own_mask_T(self) -> torch.Tensor:
+        """1 for a token that counts and that the student wrote."""
+        return self.loss_mask_T * (~self.off_policy_N).repeat_interleave(torch.tensor(self.response_lengths))
+
+    @property
+    def scored_mask_T(self) -> torch.Tensor:
+        """1 for a token that counts and that a teacher scored."""
+        return self.loss_mask_T * self.teacher_scored_N.repeat_interleave(torch.tensor(self.response_lengths))
+
     def with_(self, **fields: Any) -> TokenBatch:
         return replace(self, **fields)
+
+    def without_weight(self) -> TokenBatch:
+        """The same samples, counting for nothing in any loss."""
+        fields = ("loss_mask_T", "policy_weights_T", "distillation_weights_T", "sft_weights_T")
+        zeros = {name: value * 0 for name in fields if (value := getattr(self, name)) is not None}
+        return replace(self, **zeros)
+
+    def as_teacher_reads(self) -> TokenBatch:
+        """The batch with the teacher's prompts in place of the student's; the responses are the same."""
+        return self if self.teacher_tokens is None else replace(self, tokens=self.teacher_tokens)
 
     def select(self, indices: list[int]) -> TokenBatch:
         """The sub-batch of the given samples, in the given order."""
@@ -125,9 +174,10 @@ class TokenBatch:
         picked: dict[str, Any] = {
             "tokens": [self.tokens[i] for i in indices],
             "response_lengths": [self.response_lengths[i] for i in indices],
+            "teacher_tokens": self.teacher_tokens and [self.teacher_tokens[i] for i in indices],
         }
         for name, value in self.__dict__.items():
-            if name.endswith("_T") and value is not None:
+            if name.endswith(("_T", "_TK")) and value is not None:
                 picked[name] = value[index_T]
             elif name.endswith("_N") and value is not None:
                 picked[name] = value[index_N]

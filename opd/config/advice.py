@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd.config.file_rules import missing_student_weights
-from opd.config.flag_rules import has_task_reward
 from opd.config.flags import flag_text
+from opd.config.queries import GROUP_ESTIMATORS, has_task_reward, task_reward_acts
 from opd.config.schema import Config
 
 
@@ -17,6 +17,7 @@ def warnings(config: Config) -> list[str]:
 
 def _warnings(config: Config) -> Iterator[str]:
     yield from _signal_warnings(config)
+    yield from _estimator_warnings(config)
     yield from _rollout_warnings(config)
     yield from _schedule_warnings(config)
     yield from _file_warnings(config)
@@ -24,11 +25,12 @@ def _warnings(config: Config) -> Iterator[str]:
 
 def _signal_warnings(config: Config) -> Iterator[str]:
     rollout, opd = config.rollout, config.opd
-    if opd.use_opd and has_task_reward(config) and rollout.n_samples_per_prompt == 1:
+    if opd.use_opd and has_task_reward(config) and not task_reward_acts(config):
         yield (
             "the task reward is measured but teaches nothing: with --n-samples-per-prompt 1 an answer is its own "
             "group's mean, so "
-            "its GRPO advantage is always 0 and only the teacher acts. Give at least 2 samples per prompt to use both."
+            f"its {config.algorithm.advantage_estimator} advantage is always 0 and only the teacher acts. Give at "
+            "least 2 samples per prompt to use both."
         )
     if opd.opd_type == "sglang" and rollout.rollout_temperature != 1:
         yield (
@@ -45,6 +47,41 @@ def _signal_warnings(config: Config) -> Iterator[str]:
         yield (
             "`--opd-skip-teacher-selftest`: a teacher with another tokenizer would go unnoticed and push the student "
             "at random."
+        )
+
+
+def _estimator_warnings(config: Config) -> Iterator[str]:
+    algorithm, opd = config.algorithm, config.opd
+    estimator = algorithm.advantage_estimator
+    # With a critic or a KL to the reference there is another term in the sum, so the coefficient is heard.
+    penalty_alone = not task_reward_acts(config) and estimator != "ppo" and algorithm.kl_coef == 0
+    if opd.opd_whiten_penalty and config.penalty_coef > 0 and penalty_alone:
+        yield (
+            f"`--opd-whiten-penalty` makes {flag_text('opd_kl_coef', opd.opd_kl_coef)} a no-op: with no task reward "
+            "that acts every advantage is -coef x KL, and whitening divides by its deviation, coef included. Any "
+            "positive coefficient trains alike, at a strength that does not fade as the student reaches the teacher."
+        )
+    if algorithm.use_kl_loss and algorithm.kl_loss_coef > 0 and algorithm.kl_loss_type in ("k3", "low_var_kl"):
+        yield (
+            f"{flag_text('kl_loss_type', algorithm.kl_loss_type)}: its gradient is that of the forward KL(reference || "
+            "student), although its value estimates KL(student || reference). k2 has the latter's gradient."
+        )
+    in_groups = estimator in GROUP_ESTIMATORS and estimator != "reinforce_plus_plus_baseline"
+    if algorithm.disable_grpo_std_normalization and not in_groups:
+        yield (
+            f"`--disable-grpo-std-normalization` has no effect with {flag_text('advantage_estimator', estimator)}, "
+            "which does not divide by a group's deviation."
+        )
+    if estimator == "gspo" and algorithm.eps_clip >= 0.1 and config.optimizer_steps_per_rollout > 1:
+        yield (
+            f"{flag_text('eps_clip', algorithm.eps_clip)} with `--advantage-estimator=gspo` hardly ever clips: the "
+            "ratio is the mean of a whole answer, and moves far less than a token's. The "
+            "paper (arXiv 2507.18071) has 3e-4 and 4e-4."
+        )
+    if config.uses_critic and not has_task_reward(config) and algorithm.kl_coef == 0:
+        yield (
+            "`--advantage-estimator=ppo` without a task reward: the critic learns to predict 0, as the OPD penalty is "
+            "no part of what it predicts. grpo does the same without a critic."
         )
 
 

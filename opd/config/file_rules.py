@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from opd.config.flags import flag_text
+from opd.config.off_policy_rules import speculative_file_rules
 from opd.config.paths import check_function
 from opd.config.schema import Config
+from opd.config.teachers import TeacherSpec, teachers
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -16,10 +18,11 @@ LATEST = "latest_checkpointed_iteration.txt"
 def file_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     yield from _prompt_file_rules(config)
     yield from _checkpoint_folder_rules(config)
+    yield from speculative_file_rules(config)
     yield from _package_rules(config)
     yield from _launcher_rules(config, environ)
-    for name in ("custom_rm_path", "custom_reward_post_process_path"):
-        path = getattr(config.reward, name)
+    for name in ("custom_rm_path", "custom_reward_post_process_path", "custom_advantage_function_path"):
+        path = config.flat()[name]
         if path is not None:
             check_function(path, flag=flag_text(name)[1:-1])
 
@@ -27,6 +30,8 @@ def file_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
 def _prompt_file_rules(config: Config) -> Iterator[str]:
     files = [("--prompt-data", str(config.data.prompt_data))]
     files += [("--eval-prompt-data", path) for _, path in config.eval_sets]
+    if config.off_policy.sft_data is not None:
+        files.append(("--sft-data", config.off_policy.sft_data))
     for flag, name in files:
         path = Path(name)
         if not path.is_file():
@@ -45,7 +50,6 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
     folders = {
         "hf_checkpoint": checkpoint.hf_checkpoint,
         "ref_load": checkpoint.ref_load,
-        "opd_teacher_load": opd.opd_teacher_load,
         "opd_teacher_hf_checkpoint": opd.opd_teacher_hf_checkpoint,
     }
     for name, folder in folders.items():
@@ -65,13 +69,17 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
             "and neither --ref-load nor --load does. Give a complete model folder, or a torch_dist folder with "
             "--ref-load."
         )
-    if opd.opd_teacher_load is not None:
-        yield from _teacher_folder_rules(config, Path(opd.opd_teacher_load))
+    if opd.opd_type == "megatron":
+        for teacher in teachers(config):
+            if teacher.location is not None:
+                yield from _teacher_folder_rules(config, teacher, Path(teacher.location))
 
 
 def missing_student_weights(config: Config) -> bool:
     checkpoint = config.checkpoint
-    if checkpoint.ref_load is not None or (checkpoint.load is not None and (Path(checkpoint.load) / LATEST).is_file()):
+    whole = config.lora.lora_rank is None  # a checkpoint of adapters holds no base weights
+    resumes = checkpoint.load is not None and (Path(checkpoint.load) / LATEST).is_file()
+    if checkpoint.ref_load is not None or (whole and resumes):
         return False
     return not has_hf_weights(Path(str(checkpoint.hf_checkpoint)))
 
@@ -80,9 +88,11 @@ def has_hf_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _teacher_folder_rules(config: Config, folder: Path) -> Iterator[str]:
-    opd = config.opd
-    shown = flag_text("opd_teacher_load", folder)
+def _teacher_folder_rules(config: Config, teacher: TeacherSpec, folder: Path) -> Iterator[str]:
+    opd, shown = config.opd, teacher.shown
+    if not folder.is_dir():
+        yield f"{shown}: no such folder. Check the path."
+        return
     is_torch_dist = (folder / LATEST).is_file()
     if not is_torch_dist and not (folder / "config.json").is_file():
         yield (

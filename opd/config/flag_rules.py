@@ -3,109 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
-from urllib.parse import urlsplit
 
+from opd.config.algorithm_rules import algorithm_rules
+from opd.config.distillation_rules import distillation_rules
 from opd.config.flags import flag_text
+from opd.config.lora_rules import lora_rules
+from opd.config.off_policy_rules import off_policy_rules
 from opd.config.paths import split_path
+from opd.config.queries import OPD_REWARD_MODULE, given, has_task_reward, uses_opd_reward
 from opd.config.schema import Config
-
-OPD_REWARD_MODULE = "opd.rewards.on_policy_distillation"
+from opd.config.teacher_rules import opd_rules
 
 
 def flag_rules(config: Config) -> Iterator[str]:
     yield from opd_rules(config)
+    yield from distillation_rules(config)
     yield from reward_rules(config)
     yield from algorithm_rules(config)
     yield from rollout_rules(config)
+    yield from off_policy_rules(config)
     yield from optimizer_rules(config)
     yield from layout_rules(config)
     yield from eval_rules(config)
     yield from checkpoint_rules(config)
     yield from output_rules(config)
+    yield from lora_rules(config)
     yield from required_rules(config)
-
-
-def given(section: Any) -> dict[str, Any]:
-    """The flags of a section whose values differ from their defaults."""
-    return {f.name: getattr(section, f.name) for f in fields(section) if getattr(section, f.name) != f.default}
-
-
-def opd_rules(config: Config) -> Iterator[str]:
-    opd = config.opd
-    if not opd.use_opd:
-        for name, value in given(opd).items():
-            yield f"{flag_text(name, value)} has no effect without `--use-opd`. Add `--use-opd`, or drop it."
-        return
-    if opd.opd_type is None:
-        yield (
-            "`--use-opd` needs `--opd-type`. Give `--opd-type=megatron` (teacher in the trainer's process, "
-            "--opd-teacher-load) or `--opd-type=sglang` (teacher in its own server, --rm-url)."
-        )
-    elif opd.opd_type == "megatron":
-        yield from _megatron_teacher_rules(config)
-    else:
-        yield from _sglang_teacher_rules(config)
-
-
-def _megatron_teacher_rules(config: Config) -> Iterator[str]:
-    if config.opd.opd_teacher_load is None:
-        yield "`--opd-type=megatron` needs `--opd-teacher-load`. Give the teacher's folder, torch_dist or Hugging Face."
-    if config.reward.rm_url is not None:
-        yield (
-            f"{flag_text('rm_url', config.reward.rm_url)} needs `--opd-type=sglang` (got `megatron`). "
-            "With megatron the teacher is co-loaded from --opd-teacher-load: drop `--rm-url`."
-        )
-    for name in ("opd_teacher_timeout", "opd_teacher_retries", "opd_teacher_concurrency", "opd_teacher_api_key_env"):
-        if name in given(config.opd):
-            yield (
-                f"{flag_text(name, getattr(config.opd, name))} needs `--opd-type=sglang` (got `megatron`): "
-                "a co-loaded teacher is not asked over HTTP. Drop it."
-            )
-
-
-def _sglang_teacher_rules(config: Config) -> Iterator[str]:
-    for name in ("opd_teacher_load", "opd_teacher_ckpt_step"):
-        value = getattr(config.opd, name)
-        if value is not None:
-            yield (
-                f"{flag_text(name, value)} needs `--opd-type=megatron` (got `sglang`). With sglang the teacher runs in "
-                f"its own server: pass its address with `--rm-url` and drop `{flag_text(name)[1:-1]}`."
-            )
-    url = config.reward.rm_url
-    if url is None:
-        yield (
-            "`--opd-type=sglang` needs `--rm-url`. Give the teacher server's address, such as "
-            "http://127.0.0.1:13141/generate."
-        )
-    elif not _is_generate_url(url):
-        yield (
-            f"{flag_text('rm_url', url)} must be an http or https address that ends in /generate. "
-            "Give the teacher server's address, such as http://127.0.0.1:13141/generate."
-        )
-
-
-def _is_generate_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port  # raises on a port that is no number
-    except ValueError:
-        return False
-    known = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
-    return known and parts.path.endswith("/generate") and not parts.query and not parts.fragment
-
-
-def uses_opd_reward(config: Config) -> bool:
-    """Whether --custom-rm-path is the teacher's own function, slime's way to ask for teacher scores."""
-    path = config.reward.custom_rm_path
-    return path is not None and split_path(path, flag="--custom-rm-path")[0] == OPD_REWARD_MODULE
-
-
-def has_task_reward(config: Config) -> bool:
-    return config.reward.rm_type is not None or (
-        config.reward.custom_rm_path is not None and not uses_opd_reward(config)
-    )
 
 
 def reward_rules(config: Config) -> Iterator[str]:
@@ -125,7 +48,8 @@ def reward_rules(config: Config) -> Iterator[str]:
             f"{flag_text('rm_url', reward.rm_url)} needs `--use-opd --opd-type=sglang`: it is the teacher's address. "
             "Add these, or drop it."
         )
-    if not has_task_reward(config) and not config.opd.use_opd:
+    custom_advantages = config.algorithm.custom_advantage_function_path is not None
+    if not has_task_reward(config) and not config.opd.use_opd and not custom_advantages:
         yield (
             "nothing to learn from: there is no task reward and no teacher. Give `--rm-type` or `--custom-rm-path` "
             "for a "
@@ -142,48 +66,6 @@ def reward_rules(config: Config) -> Iterator[str]:
             f"{flag_text('rm_type', reward.rm_type)} needs `--label-key`: it compares answers with a reference. Give "
             "the field that holds it."
         )
-
-
-def algorithm_rules(config: Config) -> Iterator[str]:
-    algorithm, rollout = config.algorithm, config.rollout
-    high = algorithm.eps_clip_high
-    if high is not None and high < algorithm.eps_clip:
-        yield (
-            f"{flag_text('eps_clip_high', high)} must not be below {flag_text('eps_clip', algorithm.eps_clip)}: "
-            "likelier tokens would be clipped sooner than unlikelier ones. Raise it, or leave it out for a symmetric "
-            "clip."
-        )
-    if rollout.n_samples_per_prompt == 1 and not config.opd.use_opd:
-        yield (
-            "`--n-samples-per-prompt=1` with `--advantage-estimator=grpo` leaves no gradient: an answer is compared "
-            "with its "
-            "group's mean, and alone it is the mean. Give at least 2, or add a teacher with `--use-opd`."
-        )
-    if (
-        config.opd.use_opd
-        and config.opd.opd_kl_coef == 0
-        and (not has_task_reward(config) or rollout.n_samples_per_prompt == 1)
-    ):
-        yield (
-            "`--opd-kl-coef=0.0` leaves no gradient here: the teacher has no weight, and there is no task reward "
-            "that could "
-            "act (it needs --rm-type or --custom-rm-path, and at least 2 samples per prompt). Give a positive "
-            "coefficient."
-        )
-    total = config.samples_per_rollout
-    if algorithm.global_batch_size and total and total % algorithm.global_batch_size:
-        yield (
-            f"{flag_text('global_batch_size', algorithm.global_batch_size)} must divide the {total} samples of a "
-            "rollout "
-            f"(--rollout-batch-size {rollout.rollout_batch_size} x --n-samples-per-prompt "
-            f"{rollout.n_samples_per_prompt}). "
-            f"Give {_largest_divisor(total, algorithm.global_batch_size)}, or leave it out for one optimizer step per "
-            "rollout."
-        )
-
-
-def _largest_divisor(total: int, limit: int) -> int:
-    return next(n for n in range(min(limit, total), 0, -1) if total % n == 0)
 
 
 def rollout_rules(config: Config) -> Iterator[str]:

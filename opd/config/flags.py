@@ -1,4 +1,4 @@
-"""Command line -> Config: argparse made from the schema's dataclasses."""
+"""Command line -> Config: argparse made from the schema's dataclasses, over the defaults of a ``--config`` file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(argv: list[str]) -> Config:
     """Parses without checking rules between flags (see ``validate.check``).
 
+    With ``--config FILE`` the file's values take the place of the defaults, so a flag overrides them.
+
     Raises:
-        ConfigError: unknown flag, wrong type or choice.
+        ConfigError: unknown flag, wrong type or choice, or a file with one of these.
     """
     parser = build_parser()
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ConfigError(_unknown_flag_message(parser, unknown[0]))
+    if namespace.config is not None:
+        parser.set_defaults(**_config_file_values(namespace.config))
+        namespace = parser.parse_args(argv)
     sections = {}
     for section in fields(Config):
         section_type = type(getattr(Config(), section.name))
@@ -40,20 +45,43 @@ def parse_flags(argv: list[str]) -> Config:
     return Config(**sections)
 
 
+def _config_file_values(paths: list[str]) -> dict[str, Any]:
+    if len(paths) > 1:
+        raise ConfigError(
+            f"{' '.join(f'`--config={path}`' for path in paths)}: a run has one file. Join them, or give the rest as "
+            "flags."
+        )
+    from opd.config.config_file import read_config_file  # here: it needs ConfigError, and a run without a file no YAML
+
+    return read_config_file(paths[0])
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
-        usage="python train.py FLAGS",
+        usage="python train.py [--config FILE] FLAGS",
         description="On-policy distillation: a student writes, a teacher scores every token, the student learns.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for section in Config().sections():
-        group = parser.add_argument_group(type(section).__name__.removesuffix("Flags").lower())
-        hints = typing.get_type_hints(type(section))
-        for f in fields(section):
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        help="YAML file of flags, named without their dashes; flags on the command line override it, --no-NAME turns "
+        "off a switch that it turns on",
+    )
+    for section_field in fields(Config):
+        section_type = type(getattr(Config(), section_field.name))
+        group = parser.add_argument_group(section_field.name.replace("_", "-"))
+        hints = typing.get_type_hints(section_type)
+        for f in fields(section_type):
             name = "--" + f.name.replace("_", "-")
             group.add_argument(name, **_argparse_kwargs(hints[f.name], f.default, f.metadata))
+            if hints[f.name] is bool and not f.default:  # out of --help: only a file or an earlier flag gives it a use
+                group.add_argument(
+                    "--no-" + name[2:], dest=f.name, action="store_false", default=f.default, help=argparse.SUPPRESS
+                )
     return parser
 
 
@@ -76,7 +104,8 @@ def _argparse_kwargs(annotation: Any, default: Any, metadata: Any) -> dict[str, 
 
 def _unknown_flag_message(parser: argparse.ArgumentParser, token: str) -> str:
     name = token.split("=", 1)[0]
-    known = [option for action in parser._actions for option in action.option_strings]
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    known = [option for action in shown for option in action.option_strings]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean `{close[0]}`?" if close else " `train.py --help` lists every flag."
     kind = "flag" if name.startswith("-") else "argument"

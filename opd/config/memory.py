@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd.config.lora_size import adapter_parameters_per_rank
 from opd.config.model_facts import ModelFacts
 from opd.config.model_rules import max_context_len
 from opd.config.schema import Config
@@ -54,25 +55,45 @@ def activation_bytes_per_token(facts: ModelFacts, *, tp: int, element: int) -> i
     return element * (4 * facts.hidden_size + (2 * q + 2 * kv + 3 * facts.ffn_hidden_size) // tp)
 
 
-def estimate(config: Config, student: ModelFacts, teacher: ModelFacts | None) -> list[MemoryItem]:
+def estimate(config: Config, student: ModelFacts, teachers: list[ModelFacts]) -> list[MemoryItem]:
+    """``teachers``: the co-loaded ones. They take turns on the device, so the largest counts."""
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     element = 2 if config.model.bf16 else FP32
     multiple = config.model.make_vocab_size_divisible_by
     count = parameters_per_rank(student, tp=tp, pp=pp, vocab_multiple=multiple)
+    adapters = adapter_parameters_per_rank(student, config.lora, tp=tp, pp=pp)
+    trained, whose = (adapters, ", of the adapters") if adapters else (count, "")
     kind = "bf16" if config.model.bf16 else "fp32"
     items = [
-        MemoryItem(name="student weights", bytes=count * element, note=f"{count:,} numbers, {kind}"),
-        MemoryItem(name="gradients", bytes=count * FP32, note="fp32"),
-        _optimizer_states(config, count),
+        MemoryItem(
+            name="student weights", bytes=(count + adapters) * element, note=f"{count + adapters:,} numbers, {kind}"
+        ),
+        MemoryItem(name="gradients", bytes=trained * FP32, note=f"fp32{whose}"),
+        _optimizer_states(config, trained),
         _activations(config, student, element),
     ]
-    if teacher is not None:
-        teacher_count = parameters_per_rank(teacher, tp=tp, pp=pp, vocab_multiple=multiple)
+    if teachers:
+        counts = [parameters_per_rank(teacher, tp=tp, pp=pp, vocab_multiple=multiple) for teacher in teachers]
+        teacher_count = max(counts)
         note = f"{teacher_count:,} numbers, {kind}; on the device only while it scores"
+        if len(counts) > 1:
+            note += ", the largest of several, which take turns"
         items.append(MemoryItem(name="teacher weights", bytes=teacher_count * element, note=note, resident=False))
-    if config.rollout.rollout_engine == "torch":
+    if config.needs_reference or config.opd.opd_teacher_self in ("frozen", "ema"):
+        note = f"{count:,} numbers, {kind}; on the device only while it scores"
+        items.append(MemoryItem(name="reference weights", bytes=count * element, note=note, resident=False))
+    if config.uses_critic:
+        shared = next(item for item in items if item.name == "optimizer states")
+        note = "weights, gradients and optimizer states of a second model of the student's size"
+        items.append(MemoryItem(name="critic", bytes=count * (element + FP32) + shared.bytes, note=note))
+    if config.rollout.rollout_engine != "sglang":
         items += _torch_engine(config, student, element)
+    if config.rollout.rollout_engine == "speculative_kd" and teachers:
+        note = "the engine's own whole copy, on rank 0"
+        own = teachers[0].parameter_count * element
+        items.append(MemoryItem(name="rollout teacher weights", bytes=own, note=note))
+        items.append(_kv_cache("rollout teacher KV cache", config, teachers[0], element))
     return items
 
 
@@ -100,26 +121,28 @@ def _activations(config: Config, facts: ModelFacts, element: int) -> MemoryItem:
     else:
         kept = layers * per_token * in_flight
     rows = vocabulary_rows(facts, tp=tp, vocab_multiple=config.model.make_vocab_size_divisible_by)
-    logits = 2 * FP32 * rows  # fp32 logits and their gradient
-    note = f"{tokens:,} tokens per micro-batch, logits included"
-    return MemoryItem(name="activations", bytes=tokens * (kept + logits), note=note, resident=False)
+    chunk = min(tokens, parallel.logits_chunk_tokens)
+    logits = chunk * 2 * FP32 * rows  # fp32 logits and their gradient
+    note = f"{tokens:,} tokens per micro-batch, logits of {chunk:,} at a time included"
+    return MemoryItem(name="activations", bytes=tokens * kept + logits, note=note, resident=False)
 
 
 def _torch_engine(config: Config, facts: ModelFacts, element: int) -> list[MemoryItem]:
     """Only rank 0 decodes, with a whole model of its own."""
+    own = facts.parameter_count * element
+    return [
+        MemoryItem(name="rollout weights", bytes=own, note="the engine's own whole copy, on rank 0"),
+        _kv_cache("rollout KV cache", config, facts, element),
+    ]
+
+
+def _kv_cache(name: str, config: Config, facts: ModelFacts, element: int) -> MemoryItem:
     sequences = min(config.samples_per_rollout, config.rollout.rollout_max_running_requests)
     tokens = longest_sequence(config, facts)
-    return [
-        MemoryItem(
-            name="rollout weights", bytes=facts.parameter_count * element, note="the engine's own whole copy, on rank 0"
-        ),
-        MemoryItem(
-            name="rollout KV cache",
-            bytes=sequences * tokens * facts.kv_values_per_token * element,
-            note=f"{sequences} sequences x {tokens:,} tokens",
-            resident=False,
-        ),
-    ]
+    note = f"{sequences} sequences x {tokens:,} tokens"
+    return MemoryItem(
+        name=name, bytes=sequences * tokens * facts.kv_values_per_token * element, note=note, resident=False
+    )
 
 
 def longest_sequence(config: Config, facts: ModelFacts) -> int:

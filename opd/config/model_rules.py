@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd.config.distillation_rules import distillation_model_rules
 from opd.config.flags import flag_text
 from opd.config.model_facts import ModelFacts, find_hf_config, read_model_facts
 from opd.config.schema import Config
+from opd.config.teacher_rules import shows_more
+from opd.config.teachers import TeacherSpec, teachers
 
 _COMPARED = (
     "num_layers",
@@ -27,17 +30,24 @@ def student_facts(config: Config) -> ModelFacts:
     return read_model_facts(str(config.checkpoint.hf_checkpoint), flag="--hf-checkpoint")
 
 
-def teacher_facts(config: Config) -> ModelFacts | None:
-    """Of a co-loaded teacher; None when the teacher runs in its own server.
+def teacher_facts(config: Config, location: str | None) -> ModelFacts:
+    """Of a co-loaded teacher (``TeacherSpec.location``; None: the student itself).
 
     A torch_dist folder may hold no config of its own: then --opd-teacher-hf-checkpoint gives it.
     """
     opd = config.opd
-    if opd.opd_type != "megatron" or opd.opd_teacher_load is None:
-        return None
+    if location is None:
+        return student_facts(config)
     if opd.opd_teacher_hf_checkpoint is not None:
         return read_model_facts(opd.opd_teacher_hf_checkpoint, flag="--opd-teacher-hf-checkpoint")
-    return read_model_facts(opd.opd_teacher_load, flag="--opd-teacher-load")
+    return read_model_facts(location, flag="--opd-teacher-load" if opd.opd_teachers is None else "--opd-teachers")
+
+
+def coloaded_teachers(config: Config) -> list[tuple[TeacherSpec, ModelFacts]]:
+    """In the order of ``teachers``; none when they run in servers of their own."""
+    if config.opd.opd_type != "megatron":
+        return []
+    return [(teacher, teacher_facts(config, teacher.location)) for teacher in teachers(config)]
 
 
 def max_context_len(config: Config, student: ModelFacts) -> int:
@@ -52,11 +62,12 @@ def model_rules(config: Config) -> Iterator[str]:
     yield from _agreement_rules(config, student)
     yield from _layout_rules(config, student, "the student")
     yield from _length_rules(config, student)
+    yield from distillation_model_rules(config, student)
     yield from _teacher_config_rules(config)
-    teacher = teacher_facts(config)
-    if teacher is not None:
-        yield from _teacher_rules(config, student, teacher)
-        yield from _layout_rules(config, teacher, "the teacher")
+    for spec, teacher in coloaded_teachers(config):
+        yield from _teacher_rules(config, student, spec, teacher)
+        who = "the teacher" if config.opd.opd_teachers is None else f"the teacher `{spec.name}`"
+        yield from _layout_rules(config, teacher, who)
 
 
 def _agreement_rules(config: Config, facts: ModelFacts) -> Iterator[str]:
@@ -127,16 +138,15 @@ def _teacher_config_rules(config: Config) -> Iterator[str]:
     opd = config.opd
     if opd.opd_type != "megatron" or opd.opd_teacher_hf_checkpoint is not None:
         return
-    if find_hf_config(str(opd.opd_teacher_load)) is None:
-        yield (
-            f"{flag_text('opd_teacher_load', opd.opd_teacher_load)} holds weights but no hf/config.json to build the "
-            "teacher from. "
-            "Give its Hugging Face folder with `--opd-teacher-hf-checkpoint`."
-        )
+    alone = "Give its Hugging Face folder with `--opd-teacher-hf-checkpoint`."
+    remedy = alone if opd.opd_teachers is None else "Copy its Hugging Face folder's config.json to there."
+    for spec in teachers(config):
+        if spec.location is not None and find_hf_config(spec.location) is None:
+            yield f"{spec.shown} holds weights but no hf/config.json to build the teacher from. {remedy}"
 
 
-def _teacher_rules(config: Config, student: ModelFacts, teacher: ModelFacts) -> Iterator[str]:
-    load = flag_text("opd_teacher_load", config.opd.opd_teacher_load)
+def _teacher_rules(config: Config, student: ModelFacts, spec: TeacherSpec, teacher: ModelFacts) -> Iterator[str]:
+    load = spec.shown
     if teacher.vocab_size != student.vocab_size:
         yield (
             f"{load} has a vocabulary of {teacher.vocab_size} and `--hf-checkpoint` one of {student.vocab_size}: "
@@ -145,7 +155,8 @@ def _teacher_rules(config: Config, student: ModelFacts, teacher: ModelFacts) -> 
         )
     longest = max_context_len(config, student)
     needed = config.rollout.rollout_max_response_len
-    if config.data.rollout_max_prompt_len is not None:
+    # Rows whose own prompt for the teacher is too long are skipped when the file is read.
+    if config.data.rollout_max_prompt_len is not None and not shows_more(config):
         needed = min(longest, needed + config.data.rollout_max_prompt_len)
     if needed > teacher.max_position_embeddings:
         yield (

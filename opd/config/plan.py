@@ -12,8 +12,10 @@ from opd.config.advice import warnings
 from opd.config.file_rules import LATEST
 from opd.config.memory import MemoryItem, estimate
 from opd.config.model_facts import ModelFacts
-from opd.config.model_rules import student_facts, teacher_facts
+from opd.config.model_rules import coloaded_teachers, student_facts
+from opd.config.plan_learning import learning_rows
 from opd.config.schema import Config
+from opd.config.teachers import TeacherSpec, teachers
 
 GIB = 2**30
 MIB = 2**20
@@ -26,22 +28,23 @@ def plan(config: Config) -> RenderableType:
     Raises:
         ConfigError: the model's config.json went away since.
     """
-    student, teacher = student_facts(config), teacher_facts(config)
+    student = student_facts(config)
+    facts = {spec.name: facts for spec, facts in coloaded_teachers(config)}
     sections = {
         "Models": [
             ("student", _model_line(student, config)),
             ("starts from", _start_line(config)),
-            ("teacher", _teacher_line(config, teacher)),
+            *_teacher_rows(config, facts),
         ],
         "Processes": _process_rows(config),
         "Each rollout": _rollout_rows(config),
-        "Learning": _learning_rows(config),
+        "Learning": learning_rows(config),
         "Evaluation and files": _evaluation_rows(config) + _file_rows(config),
     }
     blocks: list[RenderableType] = []
     for title, rows in sections.items():
         blocks += [Text(title, style="bold"), _table(rows)]
-    items = estimate(config, student, teacher)
+    items = estimate(config, student, list(facts.values()))
     blocks += [Text("Memory of the heaviest training rank, estimated", style="bold"), _memory_table(items)]
     found = warnings(config)
     if found:
@@ -104,18 +107,52 @@ def _latest(folder: str) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-def _teacher_line(config: Config, teacher: ModelFacts | None) -> str:
+def _teacher_rows(config: Config, facts: dict[str, ModelFacts]) -> Rows:
+    opd, found = config.opd, teachers(config)
+    if not found:
+        return [("teacher", "none")]
+    if opd.opd_teachers is None:
+        rows = [("teacher", _teacher_line(config, found[0], facts.get(found[0].name)))]
+    else:
+        rows = [(f"teacher {t.name}", _teacher_line(config, t, facts.get(t.name))) for t in found]
+    if len(found) > 1:
+        rows.append(("combined", _combination_line(config, found)))
+    sees = _teacher_prompt_line(config)
+    return [*rows, ("teacher sees", sees)] if sees else rows
+
+
+def _teacher_line(config: Config, teacher: TeacherSpec, facts: ModelFacts | None) -> str:
     opd = config.opd
-    if not opd.use_opd:
-        return "none"
-    if teacher is None:
+    if facts is None:
         return (
-            f"server at {config.reward.rm_url}, {opd.opd_teacher_concurrency} requests in flight, "
+            f"server at {teacher.location}, {opd.opd_teacher_concurrency} requests in flight, "
             f"{opd.opd_teacher_retries} retries of {opd.opd_teacher_timeout:g} s"
         )
-    step = opd.opd_teacher_ckpt_step if opd.opd_teacher_ckpt_step is not None else _latest(opd.opd_teacher_load or "")
+    if teacher.location is None:
+        how = {"live": "as it is", "frozen": "as at the start", "ema": f"average, decay {opd.opd_teacher_ema_decay:g}"}
+        return f"the student itself, {how[str(opd.opd_teacher_self)]}"
+    step = opd.opd_teacher_ckpt_step if opd.opd_teacher_ckpt_step is not None else _latest(teacher.location)
     at = f", checkpoint {step}" if step is not None else ""
-    return f"co-loaded from {opd.opd_teacher_load}{at}: {_model_line(teacher, config)}"
+    return f"co-loaded from {teacher.location}{at}: {_model_line(facts, config)}"
+
+
+def _combination_line(config: Config, found: list[TeacherSpec]) -> str:
+    opd = config.opd
+    if opd.opd_teacher_combine == "route":
+        coefs = ", ".join(f"{t.name} x {t.kl_coef:g}" for t in found)
+        return f"one per sample, by metadata field `{opd.opd_teacher_key}` ({coefs})"
+    weights = ", ".join(f"{t.weight:.3g} {t.name}" for t in found)
+    return f"weighted {'logits' if opd.opd_teacher_combine == 'logits' else 'probabilities'}: {weights}"
+
+
+def _teacher_prompt_line(config: Config) -> str:
+    opd = config.opd
+    parts = {
+        "the field": opd.opd_teacher_prompt_key,
+        "the template": opd.opd_teacher_prompt_template,
+        "the system message": opd.opd_teacher_system_prompt,
+    }
+    return ", ".join(f"{what} {value!r}" for what, value in parts.items() if value is not None)
 
 
 def _process_rows(config: Config) -> Rows:
@@ -142,10 +179,13 @@ def _process_rows(config: Config) -> Rows:
         size = rollout.rollout_num_gpus_per_engine
         engines = rollout.rollout_num_gpus // size
         decode = f"{engines} SGLang server{'s' if engines > 1 else ''} of tensor-parallel size {size}"
+    elif rollout.rollout_engine == "speculative_kd":
+        decode += f"; the teacher beside it replaces tokens outside its {rollout.skd_top_k} likeliest"
     return [
         ("training", f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''}: {layout}"),
         ("start with", start),
         ("rollout", decode),
+        *([("critic", "on the same ranks, in the same layout")] if config.uses_critic else []),
     ]
 
 
@@ -162,32 +202,6 @@ def _rollout_rows(config: Config) -> Rows:
             f"in all), temperature {rollout.rollout_temperature:g}{top}",
         ),
         ("prompts", f"{config.data.prompt_data}{', shuffled' if config.data.rollout_shuffle else ''}"),
-    ]
-
-
-def _learning_rows(config: Config) -> Rows:
-    algorithm, optimizer, opd = config.algorithm, config.optimizer, config.opd
-    steps, rollouts = config.optimizer_steps_per_rollout, config.rollout.num_rollout or 0
-    signal = algorithm.advantage_estimator
-    if opd.use_opd:
-        signal += f" - {opd.opd_kl_coef:g} x reverse KL to the teacher, both at temperature {config.kl_temperature:g}"
-    reward = config.reward.rm_type or config.reward.custom_rm_path or "none: the teacher alone"
-    decay = f", {optimizer.lr_decay_style} to {optimizer.min_lr:g}" if optimizer.lr_decay_style != "constant" else ""
-    high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
-    return [
-        ("signal", signal),
-        ("task reward", reward),
-        (
-            "optimizer steps",
-            f"{steps} per rollout of {config.global_batch_size} samples, {steps * rollouts:,} in {rollouts:,} rollouts",
-        ),
-        ("micro-batches", f"packed to at most {config.parallel.max_tokens_per_gpu:,} tokens per rank"),
-        (
-            "learning rate",
-            f"{optimizer.lr:g} after {optimizer.lr_warmup_iters} warm-up steps{decay}, gradient norm clipped at "
-            f"{optimizer.clip_grad:g}",
-        ),
-        ("ratio clip", f"[{1 - algorithm.eps_clip:g}, {1 + high:g}]"),
     ]
 
 

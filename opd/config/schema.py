@@ -68,6 +68,7 @@ class ParallelFlags:
     actor_num_nodes: int = flag(1, "machines that train")
     actor_num_gpus_per_node: int = flag(1, "training ranks per machine")
     max_tokens_per_gpu: int = flag(4096, "tokens per micro-batch and rank; a longer sequence makes a micro-batch of its own")
+    logits_chunk_tokens: int = flag(256, "response tokens whose logits exist at the same time; the rest are recomputed in the backward pass")
     use_dynamic_batch_size: bool = flag(False, "accepted for slime scripts: micro-batches always follow --max-tokens-per-gpu")
     use_distributed_optimizer: bool = flag(False, "shard optimizer state over the data-parallel ranks")
     recompute_granularity: str | None = flag(None, "recompute activations in the backward pass", choices=("full", "selective"))
@@ -83,6 +84,15 @@ class ParallelFlags:
     @property
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFlags:
+    """Low-rank adapters (arXiv 2106.09685): the base weights stay frozen, checkpoints hold the adapters."""
+
+    lora_rank: int | None = flag(None, "train low-rank adapters of this rank instead of the weights")
+    lora_alpha: float | None = flag(None, "adapters are scaled by alpha / rank; twice the rank without it")
+    lora_target_modules: list[str] | None = flag(None, "linear layers with an adapter: linear_qkv linear_proj linear_fc1 linear_fc2; all of them without it", nargs="+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +124,8 @@ class DataFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutFlags:
-    rollout_engine: str = flag("torch", "who generates: torch (in this process) or sglang (server processes)", choices=("torch", "sglang"))
+    rollout_engine: str = flag("torch", "who generates: torch (in this process), sglang (server processes) or speculative_kd (in this process; the co-loaded teacher replaces tokens outside its top k)", choices=("torch", "sglang", "speculative_kd"))
+    skd_top_k: int = flag(25, "speculative_kd: a proposed token stays when it is among the teacher's k likeliest")
     num_rollout: int | None = flag(None, "rollouts in the whole run, including those before a resume")
     rollout_batch_size: int | None = flag(None, "prompts per rollout")
     n_samples_per_prompt: int = flag(1, "answers per prompt: the group of GRPO")
@@ -136,13 +147,37 @@ class RolloutFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmFlags:
-    advantage_estimator: str = flag("grpo", "how rewards become advantages", choices=("grpo",))
-    disable_grpo_std_normalization: bool = flag(False, "subtract the group's mean without dividing by its deviation")
+    advantage_estimator: str = flag("grpo", "how rewards become advantages, and which ratio the loss clips", choices=("grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"))
+    disable_grpo_std_normalization: bool = flag(False, "subtract the group's mean without dividing by its deviation (grpo, gspo, cispo)")
     normalize_advantages: bool = flag(False, "whiten the estimator's advantages over the batch, before the OPD penalty")
+    gamma: float = flag(1.0, "discount per token (ppo, reinforce_plus_plus)")
+    lambd: float = flag(1.0, "lambda of generalised advantage estimation (ppo)")
     global_batch_size: int | None = flag(None, "samples per optimizer step; all samples of a rollout without it")
     eps_clip: float = flag(0.2, "PPO clip below: ratio >= 1 - eps")
     eps_clip_high: float | None = flag(None, "PPO clip above: ratio <= 1 + eps; --eps-clip without it")
+    eps_clip_c: float | None = flag(None, "dual clip: a negative advantage weighs at most this times itself, whatever the ratio")
     calculate_per_token_loss: bool = flag(False, "average the loss over tokens; without it over samples of their token mean")
+    kl_coef: float = flag(0.0, "weight of the KL to the reference model in the reward of every token (ppo, reinforce_plus_plus, reinforce_plus_plus_baseline)")
+    use_kl_loss: bool = flag(False, "compute the KL to the reference model as a loss, weighted with --kl-loss-coef")
+    kl_loss_coef: float = flag(0.0, "weight of the KL loss; 0 only reports it")
+    kl_loss_type: str = flag("k2", "estimator of the KL that is back-propagated: k2 has the gradient of KL(student || reference), k3 = low_var_kl that of KL(reference || student), k1 none (only to report)", choices=("k1", "k2", "k3", "low_var_kl"))
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus")
+    use_tis: bool = flag(False, "truncated importance sampling: weigh each token by the ratio of the trainer's to the rollout engine's probability, clamped")
+    tis_clip: float = flag(2.0, "largest weight with --use-tis")
+    tis_clip_low: float = flag(0.0, "smallest weight with --use-tis")
+    custom_advantage_function_path: str | None = flag(None, "module.function, (args, batch) -> advantages [T]: has the last word on the advantage of every response token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticFlags:
+    """The value model of --advantage-estimator ppo: the student's body with a scalar head, in the same layout."""
+
+    critic_load: str | None = flag(None, "torch_dist folder of the critic to resume from, or Hugging Face folder of its initial body; the student's initial weights without it")
+    critic_save: str | None = flag(None, "folder for the critic's checkpoints; SAVE/critic without it")
+    critic_lr: float | None = flag(None, "peak learning rate of the critic; --lr without it")
+    critic_lr_warmup_iters: int = flag(0, "optimizer steps of linear warm-up of the critic")
+    num_critic_only_steps: int = flag(0, "rollouts at the start that train the critic alone")
+    value_clip: float = flag(0.2, "a value moves at most this far from the one before the update before its gradient is cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +207,20 @@ class OpdFlags:
     use_opd: bool = flag(False, "on-policy distillation: subtract coef * reverse KL from the advantage of every token")
     opd_type: str | None = flag(None, "where the teacher runs: sglang (server, --rm-url) or megatron (co-loaded, --opd-teacher-load)", choices=("sglang", "megatron"))
     opd_kl_coef: float = flag(1.0, "weight of the reverse KL in the advantage")
+    opd_kl_clip: float | None = flag(None, "largest absolute reverse KL of a token in the penalty, in nats, before --opd-kl-discount and --opd-kl-coef")
+    opd_kl_discount: float = flag(0.0, "a token also pays for the reverse KL of those after it, discounted by this per token; 0: its own only")
+    opd_student_logprobs: str = flag("recomputed", "student's side of the reverse KL: recomputed (the trainer's) or behaviour (the rollout engine's)", choices=("recomputed", "behaviour"))
+    opd_whiten_penalty: bool = flag(False, "with --normalize-advantages, subtract the penalty before whitening instead of after")
+    opd_teachers: list[str] | None = flag(None, "several teachers: NAME=FOLDER (megatron) or NAME=URL (sglang) each, instead of --opd-teacher-load or --rm-url", nargs="+")
+    opd_teacher_key: str = flag("teacher", "metadata field that names a prompt's teacher, with --opd-teacher-combine route")
+    opd_teacher_combine: str = flag("route", "several teachers: route (one per sample, by metadata), logits (weighted mean of logits) or probs (weighted mixture of probabilities)", choices=("route", "logits", "probs"))
+    opd_teacher_weights: list[str] | None = flag(None, "NAME=WEIGHT for logits and probs; equal without it, normalised to 1", nargs="+")
+    opd_teacher_kl_coefs: list[str] | None = flag(None, "NAME=COEF: --opd-kl-coef (or --lambda-distill) of samples routed to this teacher, relative to it", nargs="+")
+    opd_teacher_self: str | None = flag(None, "megatron: the teacher is the student itself: live (as it is), frozen (as at the start) or ema (moving average)", choices=("live", "frozen", "ema"))
+    opd_teacher_ema_decay: float = flag(0.99, "per optimizer step, with --opd-teacher-self ema")
+    opd_teacher_prompt_key: str | None = flag(None, "field with the teacher's own prompt: it sees more than the student")
+    opd_teacher_prompt_template: str | None = flag(None, "the teacher's prompt, made from {prompt}, {label} and the row's other fields")
+    opd_teacher_system_prompt: str | None = flag(None, "system message of the teacher's prompt, with --apply-chat-template")
     opd_teacher_load: str | None = flag(None, "co-loaded teacher: torch_dist or Hugging Face folder")
     opd_teacher_ckpt_step: int | None = flag(None, "step of a torch_dist teacher; the latest without it")
     opd_teacher_hf_checkpoint: str | None = flag(None, "Hugging Face folder with the teacher's config and tokenizer, for a torch_dist teacher whose folder holds none")
@@ -181,6 +230,30 @@ class OpdFlags:
     opd_teacher_api_key_env: str | None = flag(None, "name of the environment variable with the teacher server's API key")
     opd_max_unscored_share: float = flag(0.5, "stop (after saving) when a larger share of a rollout has no teacher score")
     opd_skip_teacher_selftest: bool = flag(False, "do not compare tokenizer and temperature with the teacher at start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationFlags:
+    """Losses on the whole next-token distribution, in place of the penalty on the sampled token."""
+
+    distillation_type: str | None = flag(None, "minimise the divergence of the distributions at every response token: reverse_kl KL(student || teacher), forward_kl KL(teacher || student), gkd (generalised Jensen-Shannon)", choices=("reverse_kl", "forward_kl", "gkd"))
+    distillation_beta: float = flag(0.5, "gkd: weight of the teacher in the mixture; 0 is forward_kl, 1 is reverse_kl")
+    distillation_temperature: float = flag(1.0, "divides both models' logits")
+    distillation_top_k: int | None = flag(None, "compare k tokens and one bucket with the rest, instead of the whole vocabulary")
+    distillation_support: str = flag("teacher", "whose k likeliest tokens --distillation-top-k keeps", choices=("teacher", "student", "union"))
+    lambda_rl: float | None = flag(None, "weight of the policy loss beside a distillation loss; 0 (distillation only) without it")
+    lambda_distill: float = flag(1.0, "weight of the distillation loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyFlags:
+    """Answers from a file (a teacher's, usually) instead of the student's own: warm-up, and a share of each batch."""
+
+    sft_data: str | None = flag(None, "JSONL or parquet file of prompts with answers")
+    sft_response_key: str = flag("response", "field of --sft-data with the answer; prompts are read as --prompt-data's")
+    sft_steps: int = flag(0, "the first this many of --num-rollout steps learn from --sft-data alone")
+    opd_off_policy_fraction: float = flag(0.0, "share of each later batch that comes from --sft-data")
+    lambda_sft: float = flag(1.0, "weight of the log-likelihood of --sft-data beside the other losses")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +275,17 @@ class Config:
     checkpoint: CheckpointFlags = CheckpointFlags()
     model: ModelFlags = ModelFlags()
     parallel: ParallelFlags = ParallelFlags()
+    lora: LoraFlags = LoraFlags()
     optimizer: OptimizerFlags = OptimizerFlags()
     data: DataFlags = DataFlags()
     rollout: RolloutFlags = RolloutFlags()
     algorithm: AlgorithmFlags = AlgorithmFlags()
+    critic: CriticFlags = CriticFlags()
     reward: RewardFlags = RewardFlags()
     eval: EvalFlags = EvalFlags()
     opd: OpdFlags = OpdFlags()
+    distillation: DistillationFlags = DistillationFlags()
+    off_policy: OffPolicyFlags = OffPolicyFlags()
     output: OutputFlags = OutputFlags()
 
     @property
@@ -231,8 +308,30 @@ class Config:
 
     @property
     def kl_temperature(self) -> float:
-        """Temperature of both distributions in the OPD penalty: a server's input log-probs are always at 1."""
+        """Temperature of both distributions in the OPD penalty: a server's input log-probs are always at 1, and a
+        behaviour log-prob is at the rollout temperature."""
         return self.rollout.rollout_temperature if self.opd.opd_type == "megatron" else 1.0
+
+    @property
+    def penalty_coef(self) -> float:
+        """Weight of the reverse KL in the advantage: a distillation loss takes the penalty's place."""
+        penalised = self.opd.use_opd and self.distillation.distillation_type is None
+        return self.opd.opd_kl_coef if penalised else 0.0
+
+    @property
+    def policy_weight(self) -> float:
+        """Weight of the policy loss: beside a distillation loss, 0 unless --lambda-rl is given."""
+        given = self.distillation.lambda_rl
+        return given if given is not None else 1.0 if self.distillation.distillation_type is None else 0.0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the KL to the reference model (--ref-load, else --hf-checkpoint) is computed."""
+        return self.algorithm.use_kl_loss or self.algorithm.kl_coef != 0
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.algorithm.advantage_estimator == "ppo"
 
     @property
     def eval_sets(self) -> list[tuple[str, str]]:

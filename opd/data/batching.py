@@ -39,7 +39,40 @@ def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, sam
         sample_N=torch.tensor(kept),
         optimizer_step_N=torch.tensor([i // samples_per_step for i in kept]),
         teacher_logprobs_T=teacher_T,
+        teacher_N=torch.tensor([s.teacher_index for s in chosen]),
+        off_policy_N=torch.tensor([s.off_policy for s in chosen]),
+        teacher_tokens=_teacher_tokens(chosen),
+        **_teacher_top(chosen),
     )
+
+
+def _teacher_tokens(samples: list[Sample]) -> list[torch.Tensor] | None:
+    """What the teacher reads, when any of its prompts differs from the student's."""
+    if all(s.teacher_prompt_ids is None for s in samples):
+        return None
+    return [
+        torch.tensor(s.tokens if s.teacher_prompt_ids is None else s.teacher_prompt_ids + s.response_ids)
+        for s in samples
+    ]
+
+
+def _teacher_top(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """Kept ids [T, K] and their log-probs, padded to the widest sample with id -1."""
+    tops = [s.teacher_top for s in samples if s.teacher_top is not None]
+    if not tops:
+        return {}
+    width = max(top.ids_TK.shape[1] for top in tops)
+    ids, logprobs = [], []
+    for sample in samples:
+        ids_TK = torch.full((sample.response_length, width), -1)
+        logprobs_TK = torch.zeros(sample.response_length, width)
+        if sample.teacher_top is not None:
+            kept = sample.teacher_top.ids_TK.shape[1]
+            ids_TK[:, :kept] = sample.teacher_top.ids_TK
+            logprobs_TK[:, :kept] = sample.teacher_top.logprobs_TK
+        ids.append(ids_TK)
+        logprobs.append(logprobs_TK)
+    return {"teacher_top_ids_TK": torch.cat(ids), "teacher_top_logprobs_TK": torch.cat(logprobs)}
 
 
 def data_parallel_share(batch: TokenBatch, *, rank: int, size: int) -> list[int]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.data.prompt_files import PromptDataError, Row, read_rows
+from opd.data.teacher_prompts import SHOWN, TeacherPrompts, TeacherRowError, as_text, is_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SHOWN = 60  # characters of a bad value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +21,16 @@ class Prompt:
     ids: tuple[int, ...]
     label: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    teacher_index: int = 0  # which of the run's teachers scores it, when prompts are routed
+    teacher_ids: tuple[int, ...] | None = None  # what the teacher reads instead of ``ids``
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSource:
-    """A prompt file and how to read it. ``eval_prefix`` ("eval-" or "") only changes which flags the messages name."""
+    """A prompt file and how to read it. ``eval_prefix`` ("eval-" or "") only changes which flags the messages name.
+
+    ``teacher``: what the teachers are told about a row; evaluation has none.
+    """
 
     path: Path
     input_key: str
@@ -35,6 +38,7 @@ class PromptSource:
     metadata_key: str
     apply_chat_template: bool
     eval_prefix: str = ""
+    teacher: TeacherPrompts | None = None
 
     @property
     def flag(self) -> str:
@@ -51,34 +55,57 @@ class PromptSource:
         """
         rows = read_rows(self.path, flag=self.flag)
         self._check_fields(rows)
-        texts = self._render(rows, tokenizer)
+        try:
+            routes = self.teacher.routes(rows, self.metadata_key) if self.teacher else [0] * len(rows)
+            teacher_values = self._teacher_values(rows)
+        except TeacherRowError as error:
+            raise self.error(error.rule, error.remedy, error.bad_rows) from error
+        texts, token_ids = self._tokenized_prompts(rows, [fields[self.input_key] for _, fields in rows], tokenizer)
+        teacher_ids: list[tuple[int, ...] | None] = [None] * len(rows)
+        if teacher_values is not None:
+            _, teacher_ids = self._tokenized_prompts(rows, teacher_values, tokenizer)
+        return [
+            Prompt(
+                index=number,
+                text=texts[i],
+                ids=token_ids[i],
+                label=None if self.label_key is None else as_text(fields[self.label_key]),
+                metadata=fields.get(self.metadata_key) or {},
+                teacher_index=routes[i],
+                teacher_ids=teacher_ids[i],
+            )
+            for i, (number, fields) in enumerate(rows)
+        ]
+
+    def _teacher_values(self, rows: list[Row]) -> list[Any] | None:
+        if self.teacher is None or not self.teacher.has_prompts:
+            return None
+        return self.teacher.values(
+            rows, input_key=self.input_key, label_key=self.label_key, metadata_key=self.metadata_key
+        )
+
+    def _tokenized_prompts(
+        self, rows: list[Row], prompts: list[Any], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[str], list[tuple[int, ...]]]:
+        """(texts after the chat template, their token ids) of text prompts or lists of messages."""
+        numbered = [(number, prompt) for (number, _), prompt in zip(rows, prompts, strict=True)]
+        texts = self._render(numbered, tokenizer)
         token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         empty = [(number, "no tokens") for (number, _), ids in zip(rows, token_ids, strict=True) if not ids]
         if empty:
             raise self.error("a prompt must have at least one token", "Delete these rows.", empty)
-        return [
-            Prompt(
-                index=number,
-                text=text,
-                ids=tuple(ids),
-                label=None if self.label_key is None else _as_label(fields[self.label_key]),
-                metadata=fields.get(self.metadata_key) or {},
-            )
-            for (number, fields), text, ids in zip(rows, texts, token_ids, strict=True)
-        ]
+        return texts, [tuple(ids) for ids in token_ids]
 
     def _check_fields(self, rows: list[Row]) -> None:
         self._check_present(rows, self.input_key, f"--{self.eval_prefix}input-key", "")
-        self._check(rows, self.input_key, _is_prompt, "must be text or a list of chat messages ({role, content})")
+        self._check(rows, self.input_key, is_prompt, "must be text or a list of chat messages ({role, content})")
         if self.label_key is not None:
             flag = f"--{self.eval_prefix}label-key"
             self._check_present(rows, self.label_key, flag, f", or drop `{flag}` when no reward needs a label")
         self._check(rows, self.metadata_key, lambda value: value is None or isinstance(value, dict), "must be a dict")
 
     def _check_present(self, rows: list[Row], key: str, flag: str, way_out: str) -> None:
-        lacking = [
-            (number, f"its keys are {', '.join(fields)}") for number, fields in rows if fields.get(key) is None
-        ]
+        lacking = [(number, f"its keys are {', '.join(fields)}") for number, fields in rows if fields.get(key) is None]
         if lacking:
             rule = f"`{flag}={key}` names a field that {len(lacking)} of {len(rows)} rows lack"
             raise self.error(rule, f"Choose one of the existing keys with `{flag}`{way_out}.", lacking)
@@ -88,8 +115,7 @@ class PromptSource:
         if bad:
             raise self.error(f"field `{key}` {rule}", "Fix these rows, or name another field.", bad)
 
-    def _render(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        values = [(number, fields[self.input_key]) for number, fields in rows]
+    def _render(self, values: list[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if self.apply_chat_template:
             return self._render_chats(values, tokenizer)
         lists = [(number, f"{len(value)} messages") for number, value in values if not isinstance(value, str)]
@@ -116,14 +142,3 @@ class PromptSource:
                 raise self.error(rule, "Fix the messages.", [(number, str(error))]) from error
             texts.append(text)
         return texts
-
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
-    return isinstance(value, str)
-
-
-def _as_label(value: Any) -> str:
-    """Reward rules compare text; numbers and lists in the file become the text JSON has for them."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd.data.epochs import Epochs
 from opd.data.prompt_files import PromptDataError
 from opd.data.prompt_rows import Prompt, PromptSource
+from opd.data.teacher_prompts import TeacherPrompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class PromptDataset:
         max_context_len: tokens of prompt and answer; a prompt must leave room for one answer token.
         shuffle: epoch ``e`` is shuffled with ``seed + e``; without it every epoch is in file order.
         for_evaluation: only changes which flags the error messages name.
+        teacher: which teacher scores a row and what it reads; a prompt whose teacher has too few positions is skipped.
 
     Raises:
         PromptDataError: the file or one of its rows cannot be used; nothing is left to fail later in the run.
@@ -53,6 +55,7 @@ class PromptDataset:
         shuffle: bool = False,
         seed: int = 0,
         for_evaluation: bool = False,
+        teacher: TeacherPrompts | None = None,
     ) -> None:
         self._source = PromptSource(
             path=Path(path),
@@ -61,16 +64,14 @@ class PromptDataset:
             metadata_key=metadata_key,
             apply_chat_template=apply_chat_template,
             eval_prefix="eval-" if for_evaluation else "",
+            teacher=teacher,
         )
         prompts = self._source.load(tokenizer)
         self._prompts = self._drop_long(prompts, max_prompt_len, max_context_len)
+        self._prompts = self._drop_long_for_teacher(self._prompts, max_context_len)
         self.skipped = len(prompts) - len(self._prompts)
         self.digest = _digest(self._prompts)
-        self._shuffle = shuffle
-        self._seed = seed
-        self._epoch = 0
-        self._position = 0
-        self._order = self._order_of(0)
+        self._epochs = Epochs(len(self._prompts), shuffle=shuffle, seed=seed)
 
     def __len__(self) -> int:
         """Usable prompts."""
@@ -82,26 +83,11 @@ class PromptDataset:
 
     def take(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts; an epoch that ends on the way is followed by the next."""
-        taken: list[Prompt] = []
-        while len(taken) < n:
-            if self._position == len(self._order):
-                self._epoch += 1
-                self._position = 0
-                self._order = self._order_of(self._epoch)
-            chosen = self._order[self._position : self._position + n - len(taken)]
-            taken += [self._prompts[i] for i in chosen]
-            self._position += len(chosen)
-        return taken
+        return [self._prompts[i] for i in self._epochs.take(n)]
 
     def state(self) -> dict[str, Any]:
         """The cursor, ready for JSON, with what is needed to see that it still fits the data."""
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "digest": self.digest,
-            "shuffle": self._shuffle,
-            "seed": self._seed,
-        }
+        return {**self._epochs.state(), "digest": self.digest}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Moves the cursor to where ``state`` was taken. Another order (seed, shuffling) is used, with a warning.
@@ -116,22 +102,7 @@ class PromptDataset:
                 "Give back that run's file, tokenizer, chat template and length limits, or pass --finetune to start at "
                 "step 0 from its weights.",
             )
-        if (state["shuffle"], state["seed"]) != (self._shuffle, self._seed):
-            before, now = (state["shuffle"], state["seed"]), (self._shuffle, self._seed)
-            logger.warning(
-                "(--rollout-shuffle, --rollout-seed) was %s in the checkpoint and is %s now: the rest of epoch %d may "
-                "repeat or miss prompts",
-                *(before, now, state["epoch"]),
-            )
-        self._epoch = state["epoch"]
-        self._position = state["position"]
-        self._order = self._order_of(self._epoch)
-
-    def _order_of(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
-        if self._shuffle:
-            random.Random(self._seed + epoch).shuffle(order)
-        return order
+        self._epochs.restore(state)
 
     def _drop_long(
         self, prompts: list[Prompt], max_prompt_len: int | None, max_context_len: int | None
@@ -158,11 +129,41 @@ class PromptDataset:
             )
         return short
 
+    def _drop_long_for_teacher(self, prompts: list[Prompt], max_context_len: int | None) -> list[Prompt]:
+        teacher = self._source.teacher
+        if teacher is None:
+            return prompts
+        lengths, kept = [], []
+        for prompt in prompts:
+            room = teacher.max_response_len if max_context_len is None else max_context_len - len(prompt.ids)
+            read = prompt.ids if prompt.teacher_ids is None else prompt.teacher_ids
+            lengths.append(len(read))
+            if teacher.fits(len(read) + min(room, teacher.max_response_len), prompt.teacher_index):
+                kept.append(prompt)
+        reason = (
+            f"the teacher's prompt (up to {max(lengths)} tokens) and an answer of {teacher.max_response_len} tokens in "
+            f"the teacher's {' / '.join(map(str, teacher.positions))} positions"
+        )
+        if not kept:
+            raise self._source.error(
+                f"none of its {len(prompts)} prompts leaves room for {reason}",
+                "Lower --rollout-max-response-len, shorten the teacher's prompt, or choose a teacher with more "
+                "positions.",
+            )
+        if len(kept) < len(prompts):
+            logger.warning(
+                "%s: skipped %d of %d prompts that leave no room for %s",
+                *(self._source.path, len(prompts) - len(kept), len(prompts), reason),
+            )
+        return kept
+
 
 def _digest(prompts: list[Prompt]) -> str:
     """Of what training sees, not of the file: a changed tokenizer, template or limit counts, a new name does not."""
     digest = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
         digest.update(array("q", (prompt.index, len(prompt.ids), *prompt.ids)).tobytes())
+        if prompt.teacher_ids is not None:
+            digest.update(array("q", (len(prompt.teacher_ids), *prompt.teacher_ids)).tobytes())
         digest.update(json.dumps([prompt.label, prompt.metadata], sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 
 from opd.config.model_rules import teacher_facts
 from opd.config.schema import Config
+from opd.config.teachers import teachers
 from opd.megatron_backend import checkpoint
+from opd.megatron_backend.critic import MegatronCritic, give_value_head
 from opd.megatron_backend.groups import ParallelSizes, init_distributed
-from opd.megatron_backend.hf_bridge import BridgedModel, build_model, load_hf_weights, read_hf_config
+from opd.megatron_backend.hf_bridge import BridgedModel, build_model, load_hf_weights, output_head, read_hf_config
+from opd.megatron_backend.lora import add_adapters
 from opd.megatron_backend.optimizer import TrainableModel, make_trainable
-from opd.megatron_backend.trainer import MegatronTrainer
-from opd.teachers.coloaded_teacher import ColoadedTeacher
+from opd.megatron_backend.teacher_pass import Teacher, TeacherPass
+from opd.megatron_backend.trainer import MOVING_AVERAGE_FOLDER, MegatronTrainer
+from opd.teachers.coloaded_teacher import ColoadedTeacher, LiveTeacher, MovingAverageTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +37,53 @@ def build_trainer(config: Config, device: torch.device) -> tuple[MegatronTrainer
         sizes, device=device, seed=config.optimizer.seed, timeout_minutes=config.output.distributed_timeout_minutes
     )
     student, extra = _build_student(config, sizes)
-    teacher = ColoadedTeacher(_build_teacher(config, sizes)) if config.opd.opd_type == "megatron" else None
-    return MegatronTrainer(config, student, teacher), extra
+    moving_average = None
+    reference = _reference(config, sizes) if _needs_initial_weights(config) else None
+    teacher_pass = None
+    if config.opd.opd_type == "megatron":
+        if config.opd.opd_teacher_self == "ema":
+            moving_average = _moving_average(config, sizes, resumed=extra is not None)
+        own = {"live": _live_teacher(config, student), "frozen": reference, "ema": moving_average}
+        teacher_pass = _teachers(config, sizes, own.get(config.opd.opd_teacher_self or ""))
+    trainer = MegatronTrainer(
+        config,
+        student,
+        teachers=teacher_pass,
+        reference=reference if config.needs_reference else None,
+        moving_average=moving_average,
+    )
+    return trainer, extra
+
+
+def build_critic(config: Config, *, resumed_step: int | None) -> MegatronCritic:
+    """PPO's value model, after ``build_trainer``.
+
+    Args:
+        resumed_step: of the student; the critic resumes from its checkpoint of the same step.
+
+    Raises:
+        CheckpointError: the student resumes and its critic's checkpoint is not there.
+    """
+    flags, sizes = config.critic, parallel_sizes(config)
+    own = flags.critic_load if _has_checkpoint(flags.critic_load) else None
+    if own is None and resumed_step is not None:
+        own = str(Path(config.checkpoint.load) / "critic")
+    model = _build(config, sizes, config.checkpoint.hf_checkpoint)
+    if own is None:
+        _load_weights(model, flags.critic_load or _initial_weights(config))
+    give_value_head(model)
+    optimizer = dataclasses.replace(
+        config.optimizer, lr=flags.critic_lr or config.optimizer.lr, lr_warmup_iters=flags.critic_lr_warmup_iters
+    )
+    critic = make_trainable(
+        model, dataclasses.replace(config, optimizer=optimizer), total_optimizer_steps=_optimizer_steps(config)
+    )
+    if own is not None:
+        loaded = checkpoint.load(
+            own, model=critic.model, optimizer=critic.optimizer, scheduler=critic.scheduler, step=resumed_step
+        )
+        logger.info("loaded the critic from %s", loaded.path)
+    return MegatronCritic(config, critic)
 
 
 def parallel_sizes(config: Config) -> ParallelSizes:
@@ -45,11 +96,19 @@ def parallel_sizes(config: Config) -> ParallelSizes:
 def _build_student(config: Config, sizes: ParallelSizes) -> tuple[TrainableModel, dict[str, Any] | None]:
     flags = config.checkpoint
     resumed = _has_checkpoint(flags.load)
-    model = _build(config, sizes, flags.hf_checkpoint)
-    if not resumed:
-        _load_weights(model, flags.ref_load if _has_checkpoint(flags.ref_load) else flags.hf_checkpoint)
-    steps = config.rollout.num_rollout * config.optimizer_steps_per_rollout
-    student = make_trainable(model, config, total_optimizer_steps=steps)
+    lora = config.lora
+    model = _build(config, sizes, flags.hf_checkpoint, transformer_engine=lora.lora_rank is None)
+    if not resumed or lora.lora_rank is not None:  # a checkpoint of adapters holds no base weights
+        _load_weights(model, _initial_weights(config))
+    if lora.lora_rank is not None:
+        add_adapters(
+            model,
+            rank=lora.lora_rank,
+            alpha=lora.lora_alpha,
+            target_modules=lora.lora_target_modules,
+            seed=config.optimizer.seed,
+        )
+    student = make_trainable(model, config, total_optimizer_steps=_optimizer_steps(config))
     if not resumed:
         return student, None
     full = not (flags.finetune or flags.no_load_optim)
@@ -66,14 +125,55 @@ def _build_student(config: Config, sizes: ParallelSizes) -> tuple[TrainableModel
     return student, None if flags.finetune or not loaded.extra else loaded.extra
 
 
-def _build_teacher(config: Config, sizes: ParallelSizes) -> BridgedModel:
-    flags = config.opd
-    model = _build(config, sizes, teacher_facts(config).source.parent)
-    _load_weights(model, flags.opd_teacher_load, step=flags.opd_teacher_ckpt_step)
-    return model
+def _optimizer_steps(config: Config) -> int:
+    return config.rollout.num_rollout * config.optimizer_steps_per_rollout
 
 
-def _build(config: Config, sizes: ParallelSizes, hf_folder: str | Path) -> BridgedModel:
+def _needs_initial_weights(config: Config) -> bool:
+    return config.needs_reference or config.opd.opd_teacher_self == "frozen"
+
+
+def _reference(config: Config, sizes: ParallelSizes) -> ColoadedTeacher:
+    """The student before its first step, also after a resume."""
+    flags = config.checkpoint
+    model = _build(config, sizes, flags.hf_checkpoint)
+    _load_weights(model, _initial_weights(config))
+    return ColoadedTeacher(model, output_head)
+
+
+def _live_teacher(config: Config, student: TrainableModel) -> LiveTeacher:
+    asks_for_head = config.distillation.distillation_type is not None and mpu.is_pipeline_last_stage()
+    return LiveTeacher(student.model, output_head if asks_for_head else None)
+
+
+def _moving_average(config: Config, sizes: ParallelSizes, *, resumed: bool) -> MovingAverageTeacher:
+    model = _build(config, sizes, config.checkpoint.hf_checkpoint)
+    saved = Path(config.checkpoint.load or "") / MOVING_AVERAGE_FOLDER
+    if resumed and _has_checkpoint(str(saved)):
+        checkpoint.load(saved, model=model)
+    else:
+        _load_weights(model, _initial_weights(config))
+    return MovingAverageTeacher(model, output_head, decay=config.opd.opd_teacher_ema_decay)
+
+
+def _teachers(config: Config, sizes: ParallelSizes, own: Teacher | None) -> TeacherPass:
+    """``own``: the teacher that the student is itself. Names with the same folder share one model."""
+    specs = teachers(config)
+    if own is not None:
+        return TeacherPass(config, specs, [own])
+    by_folder: dict[Path, ColoadedTeacher] = {}
+    for spec in specs:
+        folder = Path(spec.location).resolve()
+        if folder not in by_folder:
+            model = _build(config, sizes, teacher_facts(config, spec.location).source.parent)
+            _load_weights(model, spec.location, step=config.opd.opd_teacher_ckpt_step)
+            by_folder[folder] = ColoadedTeacher(model, output_head)
+    return TeacherPass(config, specs, [by_folder[Path(spec.location).resolve()] for spec in specs])
+
+
+def _build(
+    config: Config, sizes: ParallelSizes, hf_folder: str | Path, *, transformer_engine: bool = True
+) -> BridgedModel:
     parallel = config.parallel
     return build_model(
         read_hf_config(hf_folder, trust_remote_code=config.output.trust_remote_code),
@@ -84,7 +184,13 @@ def _build(config: Config, sizes: ParallelSizes, hf_folder: str | Path) -> Bridg
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        transformer_engine=transformer_engine,
     )
+
+
+def _initial_weights(config: Config) -> str:
+    flags = config.checkpoint
+    return flags.ref_load if _has_checkpoint(flags.ref_load) else flags.hf_checkpoint
 
 
 def _load_weights(model: BridgedModel, folder: str, step: int | None = None) -> None:

@@ -4,6 +4,7 @@ The layout of the folder is in ``checkpoint_layout``. What a checkpoint folder h
 
 - ``.metadata``, ``*.distcp``: weights and optimizer state as sharded tensors, keyed as megatron-core keys them;
 - ``common.pt``: what is equal on every rank (optimizer parameter groups, scheduler), plain containers and tensors;
+  with low-rank adapters, whose rank, scale and place it states, the tensors are the adapters alone;
 - ``rng_RANK.pt``: generator states, restored only in the layout that wrote them;
 - ``extra.json``: the caller's own state.
 
@@ -39,6 +40,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save_sharded
 
+from opd.megatron_backend.adapter_checkpoint import adapter_parts, check_adapters, trainable_state
 from opd.megatron_backend.checkpoint_layout import (
     CheckpointError,
     DirectoryWriter,
@@ -103,6 +105,7 @@ def save(
     extra_text = json.dumps(extra or {}, indent=1)
     parts: dict[str, Any] = {"iteration": 0 if iteration == "release" else iteration, "checkpoint_version": 3.0}
     parts["content_metadata"] = dict(_METADATA)
+    parts |= adapter_parts(model)
     parts |= _sharded_parts(model, optimizer, is_loading=False)
     if scheduler is not None:
         parts["opt_param_scheduler"] = scheduler.state_dict()
@@ -160,6 +163,7 @@ def load(
     """
     path = resolve(directory, step)
     _check_metadata(path)
+    adapted = check_adapters(path, model)
     parts = _sharded_parts(model, optimizer, is_loading=True)
     try:
         state = dist_checkpointing.load(parts, str(path))
@@ -170,7 +174,8 @@ def load(
         ) from error
     inner = bridged_model(model)
     unused = {key: None for key in inner.state_dict() if key.endswith(_EXTRA_STATE)}
-    inner.load_state_dict(state["model"] | unused)
+    # All that was asked for is there, or the load would have failed; with adapters the frozen base stays as it is.
+    inner.load_state_dict(state["model"] | unused, strict=not adapted)
     clear_padded_rows(model)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -195,12 +200,13 @@ def weights_dtype(path: str | Path) -> torch.dtype:
         CheckpointError: no readable index.
     """
     _check_metadata(Path(path))
+    check_adapters(Path(path), None)
     tensors = dist_checkpointing.load_tensors_metadata(str(path))
     return tensors["embedding.word_embeddings.weight"].dtype
 
 
 def _sharded_parts(model: torch.nn.Module, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
-    parts: dict[str, Any] = {"model": bridged_model(model).sharded_state_dict(metadata=dict(_METADATA))}
+    parts: dict[str, Any] = {"model": trainable_state(model, dict(_METADATA))}
     if optimizer is not None:
         if is_loading:
             # The distributed optimizer loads into its state tensors, which torch's Adam makes at the first step.

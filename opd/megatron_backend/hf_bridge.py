@@ -30,8 +30,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from opd.errors import UserError
+from opd.maths.head import OutputHead
 from opd.megatron_backend.groups import ParallelSizes
 from opd.megatron_backend.layers import layer_spec
+from opd.megatron_backend.lora import merged_view
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -41,9 +43,20 @@ class UnsupportedModelError(UserError):
 
 
 class BridgedModel(GPTModel):
-    """A GPTModel that knows its bridge: what its parameters are called in the Hugging Face model."""
+    """A GPTModel that knows its bridge: what its parameters are called in the Hugging Face model.
+
+    Attributes:
+        applies_head: False: the last pipeline stage returns hidden states [positions, 1, hidden], this rank's under
+            sequence parallelism, and the output layer is applied outside (``output_head``), where it is needed.
+    """
 
     bridge: LLMBridge
+    applies_head = True
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.post_process and not self.applies_head:
+            return hidden_states
+        return super()._postprocess(hidden_states, *args, **kwargs)
 
 
 def read_hf_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -110,6 +123,7 @@ def build_model(
     calculate_per_token_loss: bool = True,
     make_vocab_size_divisible_by: int = 1,
     random_init: bool = False,
+    transformer_engine: bool = True,
 ) -> BridgedModel:
     """This rank's pipeline stage on this rank's device, parameters in ``dtype``, wrapped in nothing.
 
@@ -121,6 +135,7 @@ def build_model(
         calculate_per_token_loss: must be in the config before DDP is built, which reads its gradient scale from it.
         random_init: draw initial weights. Without it they are undefined until loaded, which saves minutes at 8B.
             Padded rows are zero in any case.
+        transformer_engine: use its layers where it is installed on a GPU.
 
     Raises:
         UnsupportedModelError: see ``check_supported``.
@@ -158,7 +173,7 @@ def build_model(
     bridge.vocab_size = hf_config.vocab_size
     multiple = bridge.make_vocab_size_divisible_by
     bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / multiple) * multiple
-    model = _pipeline_stage(bridge, hf_config)
+    model = _pipeline_stage(bridge, hf_config, transformer_engine=transformer_engine)
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     model.bridge = bridge
@@ -166,12 +181,12 @@ def build_model(
     return model.to(torch.cuda.current_device()) if on_gpu else model
 
 
-def _pipeline_stage(bridge: LLMBridge, hf_config: PretrainedConfig) -> BridgedModel:
+def _pipeline_stage(bridge: LLMBridge, hf_config: PretrainedConfig, *, transformer_engine: bool) -> BridgedModel:
     """This rank's layers, with the model's own RoPE frequencies and its padded vocabulary masked."""
     rope = rope_parameters(hf_config)
     model = BridgedModel(
         config=bridge.config,
-        transformer_layer_spec=layer_spec(bridge.config),
+        transformer_layer_spec=layer_spec(bridge.config, transformer_engine=transformer_engine),
         vocab_size=bridge.padded_vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(),
@@ -244,10 +259,22 @@ def export_hf_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tenso
     over pipeline stages. All ranks must run the iterator to its end. A tied output layer is not exported."""
     bridged = bridged_model(model)
     seen: set[str] = set()
-    for name, tensor in bridged.bridge.export_weights([bridged]):
+    for name, tensor in bridged.bridge.export_weights([merged_view(bridged)]):
         if name not in seen:  # with pipeline stages, the last one holds a copy of the tied embedding
             seen.add(name)
             yield name, tensor.detach()
+
+
+def output_head(model: torch.nn.Module) -> OutputHead:
+    """The output layer of a model whose last pipeline stage this rank holds."""
+    bridged = bridged_model(model)
+    shared = bridged.share_embeddings_and_output_weights
+    group = mpu.get_tensor_model_parallel_group()
+    return OutputHead(
+        weight_VH=bridged.shared_embedding_or_output_weight() if shared else bridged.output_layer.weight,
+        vocab_size=bridged.bridge.vocab_size,
+        group=group if group.size() > 1 else None,
+    )
 
 
 def bridged_model(model: torch.nn.Module) -> BridgedModel:

@@ -36,9 +36,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 _SHORTEST_TO_LONGEST = 0.7
 
 
-def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers: Transformer Engine's where it is installed on a GPU, else the modules below."""
-    if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
+def layer_spec(config: TransformerConfig, *, transformer_engine: bool = True) -> TransformerBlockSubmodules:
+    """This pipeline stage's layers: Transformer Engine's where it is wanted and installed on a GPU, else the modules
+    below. (Low-rank adapters go around megatron-core's own linear layers.)"""
+    if transformer_engine and torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

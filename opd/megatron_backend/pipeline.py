@@ -3,33 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
 from opd.data.batching import micro_batches
-from opd.maths.logprobs import token_logprobs
+from opd.maths.head import OutputHead, token_scores
+from opd.megatron_backend.hf_bridge import bridged_model, output_head
 from opd.megatron_backend.packing import PackedMicroBatch, pack
 from opd.types import TokenBatch
 
-# (micro-batch, logits at the rows that predict response tokens [R, V/tp]) -> (loss, tensors to return)
-LossFn = Callable[[TokenBatch, PackedMicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What a loss sees on the last pipeline stage. R: positions of this rank that predict a response token.
+
+    Attributes:
+        model: the model that ran, unwrapped.
+        output: hidden states [positions, 1, H] before the output layer, this rank's under sequence parallelism.
+    """
+
+    batch: TokenBatch
+    packed: PackedMicroBatch
+    model: torch.nn.Module
+    output: torch.Tensor
+
+    def hidden_RH(self) -> torch.Tensor:
+        """Whole on every tensor-parallel rank; each rank gives its part of the gradient, and they are added up. For a
+        head that is split over the vocabulary."""
+        if self.model.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(self.output, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(self.output)
+        return hidden[:, 0].index_select(0, self.packed.rows_R)
+
+    def replicated_hidden_RH(self) -> torch.Tensor:
+        """Whole on every tensor-parallel rank, each of which computes the whole gradient."""
+        hidden = self.output
+        if self.model.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden[:, 0].index_select(0, self.packed.rows_R)
+
+    def head(self) -> OutputHead:
+        return output_head(self.model)
+
+    def rows(self, values_T: torch.Tensor) -> torch.Tensor:
+        """Of per-token values of the micro-batch, those that this rank's positions predict, on its device."""
+        return values_T.to(self.output.device)[self.packed.place_R]
+
+
+# -> (loss, tensors to return)
+LossFn = Callable[[MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def split(batch: TokenBatch, *, max_tokens: int) -> list[list[int]]:
     """Sample indices of this rank's micro-batches; every data-parallel rank gets the same number of them.
 
-    Pipeline stages and collectives need equal counts. A rank with too few samples repeats its first one; the loss of a
-    repetition is multiplied by 0 (see ``run``).
+    Pipeline stages and collectives need equal counts. A rank with too few samples repeats its first one; a repetition
+    has no weight in any loss (see ``run``).
     """
     plan = micro_batches(batch.lengths, max_tokens=max_tokens)
     count = torch.tensor(len(plan))
     group = mpu.get_data_parallel_group()
     if group.size() > 1:
-        count = count.to(_device())
+        count = count.to(current_device())
         dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
     if int(count) > len(plan):
         plan = micro_batches(batch.lengths, max_tokens=max_tokens, at_least=int(count))
@@ -51,57 +96,117 @@ def run(
         repeated = seen.issuperset(indices)
         seen.update(indices)
         micro = batch.select(indices)
-        items.append((micro.with_(loss_mask_T=micro.loss_mask_T * 0) if repeated else micro, _pack(micro)))
+        items.append((micro.without_weight() if repeated else micro, _pack(micro)))
+    inner = bridged_model(model)
 
     def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         micro, packed = next(iterator)
         output = model(packed.input_ids_1P, packed.position_ids_1P, None, packed_seq_params=packed.packed_seq_params)
 
-        def loss(logits_1PV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            value, outputs = loss_fn(micro, packed, logits_1PV[0].index_select(0, packed.rows_R))
+        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            value, outputs = loss_fn(MicroBatch(batch=micro, packed=packed, model=inner, output=output))
             return value, torch.zeros((), dtype=torch.int, device=value.device), outputs
 
         return output, loss
 
-    with torch.set_grad_enabled(not forward_only):
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(items),
-            model=[model],
-            num_microbatches=len(items),
-            seq_length=max(item[1].input_ids_1P.shape[1] for item in items),
-            micro_batch_size=1,
-            forward_only=forward_only,
+    applied_head, inner.applies_head = inner.applies_head, False
+    try:
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(items),
+                model=[model],
+                num_microbatches=len(items),
+                seq_length=max(item[1].input_ids_1P.shape[1] for item in items),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+    finally:
+        inner.applies_head = applied_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseScores:
+    """Of all response tokens of a batch, float32 on the CPU.
+
+    Attributes:
+        logprobs: nats, one [T] for each temperature; on every rank.
+        entropy_T: nats, at the first temperature; on every rank.
+        hidden_TH: what the output layer read, in the model's type; on the last pipeline stage, if asked for.
+    """
+
+    logprobs: list[torch.Tensor]
+    entropy_T: torch.Tensor
+    hidden_TH: torch.Tensor | None = None
+
+
+def response_scores(
+    model: torch.nn.Module,
+    batch: TokenBatch,
+    *,
+    max_tokens: int,
+    chunk: int,
+    temperatures: list[float],
+    keep_hidden: bool = False,
+) -> ResponseScores:
+    """Log-probs at each temperature and entropies of all response tokens of ``batch``, without gradients.
+
+    Args:
+        max_tokens: of a micro-batch.
+        chunk: response tokens whose logits exist at the same time.
+    """
+
+    def score(micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        hidden_RH, head = micro.hidden_RH(), micro.head()
+        scores = token_scores(
+            hidden_RH, head, micro.packed.target_ids_R, temperatures=temperatures, with_entropy=True, chunk=chunk
         )
-
-
-def response_logprobs(
-    model: torch.nn.Module, batch: TokenBatch, *, max_tokens: int, temperatures: list[float]
-) -> list[torch.Tensor]:
-    """Log-probs (nats, float32, on the CPU) of all response tokens of ``batch`` at each temperature, on every rank."""
-    tp_group = mpu.get_tensor_model_parallel_group()
-    group = tp_group if tp_group.size() > 1 else None
-
-    def score(
-        micro: TokenBatch, packed: PackedMicroBatch, logits_RV: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        scores = [token_logprobs(logits_RV, packed.target_ids_R, temperature=t, group=group) for t in temperatures]
-        whole = torch.zeros(len(temperatures), packed.response_tokens, device=logits_RV.device)
-        whole[:, packed.place_R] = torch.stack(scores).float()
-        return logits_RV.new_zeros(()), {"logprobs": whole}
+        outputs = {"scores": whole_tokens(micro, torch.stack(scores).float())}
+        if keep_hidden:
+            outputs["hidden"] = whole_tokens(micro, hidden_RH.t().to(head.weight_VH.dtype)).cpu()
+        return hidden_RH.new_zeros(()), outputs
 
     plan = split(batch, max_tokens=max_tokens)
     results = run(model, batch, plan, score, forward_only=True)
-    result_KT = torch.zeros(len(temperatures), sum(batch.response_lengths), device=_device())
+    scores = gather_tokens(batch, plan, [r["scores"] for r in results], rows=len(temperatures) + 1)
+    *logprobs, entropy_T = scores
+    hidden_TH = None
+    if keep_hidden and mpu.is_pipeline_last_stage():
+        hidden_TH = _in_batch_order(batch, plan, [r["hidden"] for r in results]).t().contiguous()
+    return ResponseScores(logprobs=logprobs, entropy_T=entropy_T, hidden_TH=hidden_TH)
+
+
+def whole_tokens(micro: MicroBatch, values_KR: torch.Tensor) -> torch.Tensor:
+    """[K, response tokens of the micro-batch] from the values at this rank's positions, over context-parallel ranks."""
+    whole = values_KR.new_zeros(values_KR.shape[0], micro.packed.response_tokens)
+    whole[:, micro.packed.place_R] = values_KR
+    return over_context_ranks(whole)
+
+
+def gather_tokens(
+    batch: TokenBatch, plan: list[list[int]], pieces_KT: list[torch.Tensor], *, rows: int
+) -> torch.Tensor:
+    """[rows, T] in the batch's order, on the CPU, on every pipeline stage; the last one gives the pieces."""
     if mpu.is_pipeline_last_stage():
-        offsets = torch.tensor([0, *batch.response_lengths]).cumsum(0).tolist()
-        for indices, outputs in zip(plan, results, strict=True):
-            index_T = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])
-            result_KT[:, index_T] = outputs["logprobs"]
-        if mpu.get_context_parallel_world_size() > 1:  # each rank holds the tokens that its positions predict
-            dist.all_reduce(result_KT, group=mpu.get_context_parallel_group())
-    from_last_stage(result_KT)
-    return list(result_KT.cpu())
+        whole = _in_batch_order(batch, plan, pieces_KT)
+    else:
+        whole = torch.zeros(rows, sum(batch.response_lengths), device=current_device())
+    return from_last_stage(whole).cpu()
+
+
+def _in_batch_order(batch: TokenBatch, plan: list[list[int]], pieces_KT: list[torch.Tensor]) -> torch.Tensor:
+    offsets = torch.tensor([0, *batch.response_lengths]).cumsum(0).tolist()
+    whole = pieces_KT[0].new_zeros(pieces_KT[0].shape[0], offsets[-1])
+    for indices, piece in zip(plan, pieces_KT, strict=True):
+        whole[:, torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])] = piece
+    return whole
+
+
+def over_context_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Adds up, in place, what the context-parallel ranks hold: each has the tokens that its positions predict."""
+    if mpu.get_context_parallel_world_size() > 1:
+        dist.all_reduce(tensor, group=mpu.get_context_parallel_group())
+    return tensor
 
 
 def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,9 +225,9 @@ def _pack(micro: TokenBatch) -> PackedMicroBatch:
         cp_rank=mpu.get_context_parallel_rank(),
         cp_size=mpu.get_context_parallel_world_size(),
         total_multiple=mpu.get_tensor_model_parallel_world_size(),
-        device=_device(),
+        device=current_device(),
     )
 
 
-def _device() -> torch.device:
+def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,8 +1,9 @@
-"""The trainer: a Megatron student (and a co-loaded teacher), log-probs, policy update, checkpoints, weight export."""
+"""The trainer: a Megatron student and its co-loaded teachers, log-probs, update, checkpoints, weight export."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,32 +12,42 @@ from megatron.core import parallel_state as mpu
 
 from opd.config.schema import Config
 from opd.data.batching import data_parallel_share
-from opd.errors import UpdateError
-from opd.maths.logprobs import token_logprobs
-from opd.maths.masking import token_weights
-from opd.maths.policy_loss import clipped_policy_loss
 from opd.megatron_backend import checkpoint, groups
-from opd.megatron_backend.hf_bridge import export_hf_weights
+from opd.megatron_backend.hf_bridge import bridged_model, export_hf_weights
+from opd.megatron_backend.lora import merged_view
+from opd.megatron_backend.losses import loss_terms
 from opd.megatron_backend.optimizer import TrainableModel
-from opd.megatron_backend.packing import PackedMicroBatch
-from opd.megatron_backend.pipeline import from_last_stage, response_logprobs, run, split
-from opd.teachers.coloaded_teacher import ColoadedTeacher
+from opd.megatron_backend.peft_export import save_peft_adapter
+from opd.megatron_backend.pipeline import ResponseScores, response_scores
+from opd.megatron_backend.teacher_pass import TeacherPass
+from opd.megatron_backend.update import mean_of, optimizer_steps, sum_over_ranks
+from opd.teachers.coloaded_teacher import ColoadedTeacher, MovingAverageTeacher
 from opd.types import TokenBatch
+
+PEFT_FOLDER = "peft"  # beside the checkpoints: the latest adapters, as the peft library loads them
+MOVING_AVERAGE_FOLDER = "moving_average_teacher"  # beside the student's checkpoints
 
 
 class MegatronTrainer:
     """``Trainer`` on megatron-core; every method is called by all ranks together."""
 
-    def __init__(self, config: Config, student: TrainableModel, teacher: ColoadedTeacher | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        student: TrainableModel,
+        *,
+        teachers: TeacherPass | None = None,
+        reference: ColoadedTeacher | None = None,
+        moving_average: MovingAverageTeacher | None = None,
+    ) -> None:
+        """``moving_average``: the teacher among ``teachers`` that follows the student."""
         self._config = config
         self._student = student
-        self._teacher = teacher
+        self._teachers = teachers
+        self._reference = reference
+        self._moving_average = moving_average
         self._max_tokens = config.parallel.max_tokens_per_gpu * config.parallel.context_parallel_size
-        clip = config.algorithm
-        self._eps = {
-            "eps_low": clip.eps_clip,
-            "eps_high": clip.eps_clip if clip.eps_clip_high is None else clip.eps_clip_high,
-        }
+        self._terms = loss_terms(config, teachers)
 
     def load(self, batch: TokenBatch | None) -> TokenBatch:
         """This data-parallel rank's share of rank 0's batch; the other ranks pass None."""
@@ -53,21 +64,23 @@ class MegatronTrainer:
         """See ``Trainer.forward_logprobs``.
 
         Raises:
-            ValueError: "teacher" without a co-loaded teacher.
+            ValueError: a model that this run did not load.
         """
-        if model == "teacher":
-            if self._teacher is None:
-                raise ValueError("no teacher is co-loaded: --opd-type megatron loads one")
-            with self._teacher.on_device() as teacher:
-                (logprobs_T,) = response_logprobs(
-                    teacher, batch, max_tokens=self._max_tokens, temperatures=[self._config.kl_temperature]
-                )
-            everything_N = torch.ones(len(batch), dtype=torch.bool)
-            return batch.with_(teacher_logprobs_T=logprobs_T, teacher_scored_N=everything_N)
         policy, kl = self._config.rollout.rollout_temperature, self._config.kl_temperature
-        temperatures = [policy] if policy == kl else [policy, kl]
-        scores = response_logprobs(self._student.model, batch, max_tokens=self._max_tokens, temperatures=temperatures)
-        return batch.with_(student_logprobs_T=scores[0], student_kl_logprobs_T=scores[-1])
+        if model == "student":
+            temperatures = [policy] if policy == kl else [policy, kl]
+            scores = self._response_scores(self._student.model, batch, temperatures)
+            return batch.with_(
+                student_logprobs_T=scores.logprobs[0],
+                student_kl_logprobs_T=scores.logprobs[-1],
+                student_entropy_T=scores.entropy_T,
+            )
+        if model == "teacher" and self._teachers is not None:
+            return self._teachers.score(batch)
+        if model == "reference" and self._reference is not None:
+            with self._reference.on_device() as reference:
+                return batch.with_(ref_logprobs_T=self._response_scores(reference, batch, [policy]).logprobs[0])
+        raise ValueError(f"no {model} model is loaded in this run")
 
     def map(self, fn: Callable[..., TokenBatch], batch: TokenBatch) -> TokenBatch:
         """``fn`` on this rank's share; it may reduce over ``data_parallel_group``."""
@@ -76,30 +89,29 @@ class MegatronTrainer:
 
     def update(self, batch: TokenBatch) -> dict[str, float]:
         """One optimizer step for each ``optimizer_step_N``; metrics are averages over these steps."""
-        steps_N = batch.optimizer_step_N.tolist()
-        number = self._config.optimizer_steps_per_rollout
-        results = [
-            self._optimizer_step(batch.select([i for i, s in enumerate(steps_N) if s == k])) for k in range(number)
-        ]
-        return {name: sum(r[name] for r in results) / number for name in results[0]}
+        metrics = optimizer_steps(
+            self._student,
+            self._terms,
+            batch,
+            number=self._config.optimizer_steps_per_rollout,
+            max_tokens=self._max_tokens,
+            per_token=self._config.algorithm.calculate_per_token_loss,
+            after_each=self._follow,
+        )
+        if self._teachers is not None:
+            self._teachers.forget()
+        return {"policy_loss": 0.0, **mean_of(metrics)}  # distillation alone has no policy term
 
     def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
         """Adds up, or takes the largest of, per-share numbers over the data-parallel ranks."""
-        if mpu.get_data_parallel_world_size() == 1:
-            return {**sums, **maxima}
-        merged = {}
-        for values, op in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
-            tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
-            dist.all_reduce(tensor, op=op, group=mpu.get_data_parallel_group())
-            merged.update(zip(values, tensor.tolist(), strict=True))
-        return merged
+        return sum_over_ranks(sums, maxima)
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return export_hf_weights(self._student.model)
 
     def score(self, batch: TokenBatch) -> torch.Tensor:
         """Temperature-1 log-probs of the student, whole on every rank: what a rollout engine must agree with."""
-        return response_logprobs(self._student.model, batch, max_tokens=self._max_tokens, temperatures=[1.0])[0]
+        return self._response_scores(self._student.model, batch, [1.0]).logprobs[0]
 
     def save(self, iteration: int, *, extra: dict[str, Any]) -> None:
         """Writes one checkpoint under ``--save``.
@@ -117,6 +129,11 @@ class MegatronTrainer:
             with_rng=True,
             extra=extra,
         )
+        if self._config.lora.lora_rank is not None:
+            base = self._config.checkpoint.ref_load or self._config.checkpoint.hf_checkpoint
+            save_peft_adapter(self._student.model, Path(folder) / PEFT_FOLDER, base_model_name_or_path=base)
+        if self._moving_average is not None:
+            checkpoint.save(Path(folder) / MOVING_AVERAGE_FOLDER, iteration, model=self._moving_average.model)
         if dist.get_rank() == 0:
             checkpoint.write_hf_files(self._config.checkpoint.hf_checkpoint, folder)
 
@@ -124,59 +141,10 @@ class MegatronTrainer:
         """Leaves the process groups."""
         groups.shutdown()
 
-    def _optimizer_step(self, batch: TokenBatch) -> dict[str, float]:
-        weights_T, denominator = token_weights(
-            batch.loss_mask_T, batch.response_lengths, per_token=self._config.algorithm.calculate_per_token_loss
-        )
-        totals = self.sum_over_ranks({"denominator": denominator, "tokens": float(batch.loss_mask_T.sum())}, {})
-        denominator, tokens = max(totals["denominator"], 1.0), max(totals["tokens"], 1.0)
-        tp_group = mpu.get_tensor_model_parallel_group()
-        group = tp_group if tp_group.size() > 1 else None
-        temperature = self._config.rollout.rollout_temperature
+    def _response_scores(self, model: torch.nn.Module, batch: TokenBatch, temperatures: list[float]) -> ResponseScores:
+        chunk = self._config.parallel.logits_chunk_tokens
+        return response_scores(model, batch, max_tokens=self._max_tokens, chunk=chunk, temperatures=temperatures)
 
-        def loss(
-            micro: TokenBatch, packed: PackedMicroBatch, logits_RV: torch.Tensor
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            def mine(values_T: torch.Tensor) -> torch.Tensor:
-                return values_T.to(logits_RV.device)[packed.place_R]
-
-            logprobs_R = token_logprobs(logits_RV, packed.target_ids_R, temperature=temperature, group=group)
-            loss_R, clipped_R = clipped_policy_loss(
-                logprobs_R, mine(micro.student_logprobs_T), mine(micro.advantages_T), **self._eps
-            )
-            mask_R, weight_R = mine(micro.loss_mask_T), mine(micro.loss_weights_T)
-            policy_loss = (loss_R * weight_R * mask_R).sum() / denominator
-            outputs = {
-                "policy_loss": policy_loss.detach(),
-                "clip_fraction": (clipped_R * mask_R).sum() / tokens,
-            }
-            return policy_loss, outputs
-
-        model, optimizer = self._student.model, self._student.optimizer
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        weighted = batch.with_(loss_weights_T=weights_T)
-        outputs = run(model, weighted, split(weighted, max_tokens=self._max_tokens), loss, forward_only=False)
-        learning_rate = optimizer.param_groups[0]["lr"]
-        successful, grad_norm, _ = optimizer.step()
-        if not successful:
-            raise UpdateError(
-                "the gradients hold NaN or infinity, so the weights were not updated. Lower --lr, or look at the last"
-                " rollout's rewards and log-probs in OUTPUT_DIR/samples"
-            )
-        self._student.scheduler.step(increment=1)
-        metrics = self._global_sums(outputs, ["policy_loss", "clip_fraction"])
-        return {**metrics, "grad_norm": float(grad_norm), "lr": float(learning_rate)}
-
-    def _global_sums(self, outputs: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, float]:
-        """Sums of per-micro-batch numbers over micro-batches, data- and context-parallel ranks, on every rank."""
-        total = torch.zeros(len(names), device=self._device)
-        for output in outputs:
-            total += torch.stack([output[name].float() for name in names])
-        if mpu.is_pipeline_last_stage() and mpu.get_data_parallel_group(with_context_parallel=True).size() > 1:
-            dist.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
-        return dict(zip(names, from_last_stage(total).tolist(), strict=True))
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._student.model.parameters()).device
+    def _follow(self) -> None:
+        if self._moving_average is not None:
+            self._moving_average.follow(merged_view(bridged_model(self._student.model)))

@@ -127,8 +127,10 @@ class Console:
 def make_rich_console(stream: TextIO) -> tuple[RichConsole, bool]:
     """(console, live). ``live`` only on a real terminal: environment variables that force colours do not count."""
     live = stream.isatty()
-    console = RichConsole(file=stream) if live else RichConsole(
-        file=stream, force_terminal=False, color_system=None, width=PLAIN_WIDTH
+    console = (
+        RichConsole(file=stream)
+        if live
+        else RichConsole(file=stream, force_terminal=False, color_system=None, width=PLAIN_WIDTH)
     )
     return console, live and not console.is_dumb_terminal
 
@@ -136,13 +138,16 @@ def make_rich_console(stream: TextIO) -> tuple[RichConsole, bool]:
 def format_step(metrics: Mapping[str, Any], total_steps: int) -> str:
     """``step 12/40  reward 0.531  reverse KL 0.0831  1.7 s (rollout 0.8, ...)  accuracy 55.1%``, as far as known."""
     parts = [f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}"]
-    reward, reverse_kl, loss = (metrics.get(k) for k in ("reward_mean", "opd_reverse_kl", "policy_loss"))
+    reward, reverse_kl = metrics.get("reward_mean"), metrics.get("opd_reverse_kl")
+    losses = {"sft_loss": "answers", "distillation_divergence": "divergence", "policy_loss": "loss"}
     if reward is not None:
         parts.append(f"reward {reward:.3f}")
     if reverse_kl is not None:
         parts.append(f"reverse KL {reverse_kl:.4f}")
-    elif loss is not None:
-        parts.append(f"loss {loss:.4f}")
+    for name, label in losses.items():  # the one that says most about this run
+        if metrics.get(name) is not None and (reverse_kl is None or name != "policy_loss"):
+            parts.append(f"{label} {metrics[name]:.4f}")
+            break
     if metrics.get("response_length_mean") is not None:
         parts.append(f"length {metrics['response_length_mean']:.0f}")
     if metrics.get("time_step") is not None:

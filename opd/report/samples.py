@@ -1,9 +1,10 @@
 """OUTPUT_DIR/samples/step_NNNNN.jsonl: a few answers of each rollout, token by token.
 
 One object per line: ``step``, ``index``, ``group_index``, ``prompt``, ``label``, ``response``, ``reward``, ``status``,
-and lists with one entry per response token: ``token_ids``, ``token_texts``, ``rollout_log_probs`` (behaviour policy, at
-the rollout temperature), ``student_log_probs`` and ``teacher_log_probs`` (both at the temperature of the KL), in nats,
-and ``penalty`` (what was subtracted from the advantage: coef x reverse KL). A list that is not known is null.
+``off_policy`` (the answer comes from --sft-data), and lists with one entry per response token: ``token_ids``,
+``token_texts``, ``rollout_log_probs`` (behaviour policy, at the rollout temperature), ``student_log_probs`` and
+``teacher_log_probs`` (both at the temperature of the KL), in nats, and ``penalty`` (coef x reverse KL, before clip and
+discount). A list that is not known is null.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def write_samples(
             step,
             samples[i],
             {
-                "rollout_log_probs": samples[i].rollout_log_probs,
+                # an answer from a file has no behaviour policy
+                "rollout_log_probs": None if samples[i].off_policy else samples[i].rollout_log_probs,
                 "student_log_probs": student_log_probs[i] if student_log_probs is not None else None,
                 "teacher_log_probs": teacher,
                 "penalty": penalties[i] if penalties is not None else None,
@@ -100,6 +102,7 @@ def _record(
         "response": sample.response,
         "reward": sample.reward,
         "status": sample.status.value,
+        "off_policy": sample.off_policy,
         "token_ids": ids,
         "token_texts": [decode([token]) for token in ids] if decode else None,
     }

@@ -1,4 +1,4 @@
-"""slime's two function paths for a teacher served by SGLang, for slime and for this framework alike.
+"""slime's two function paths for teachers served by SGLang, for slime and for this framework alike.
 
     --custom-rm-path opd.rewards.on_policy_distillation.reward_func
     --custom-reward-post-process-path opd.rewards.on_policy_distillation.post_process_rewards
@@ -15,6 +15,7 @@ import logging
 import os
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 
 from opd.errors import TeacherError
 from opd.interfaces import RewardFn
+from opd.teachers.served_teachers import ServedTeachers, TeacherScore
 from opd.teachers.sglang_teacher import SGLangTeacher, response_logprobs
+from opd.types import TopLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +35,38 @@ _clients = weakref.WeakKeyDictionary()
 
 
 async def reward_func(
-    args: Any, sample: Any, *, task_reward: RewardFn | None = None, **kwargs: Any
+    args: Any,
+    sample: Any,
+    *,
+    task_reward: RewardFn | None = None,
+    teachers: ServedTeachers | None = None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
-    """Scores one sample with the teacher at ``args.rm_url``, and by the task's own rule at the same time.
+    """Scores one sample with its teacher, and by the task's own rule at the same time.
 
     Args:
         task_reward: the task's rule; without it ``args.rm_type``'s, and 0 when that is not given either.
+        teachers: without it the one at ``args.rm_url``.
 
     Returns:
         ``task_reward`` (float), ``teacher_log_probs`` (of the response tokens, temperature 1, nats; None when the
-        teacher could not score it) and ``teacher_error`` (the reason, or None). A failed score raises nothing: the
-        sample is trained on without the penalty.
+        teacher could not score it), ``teacher_error`` (the reason, or None) and, where ``teachers`` asks for likely
+        tokens, ``teacher_top``. A failed score raises nothing: the sample is trained on without the teacher.
     """
-    reward, (log_probs, error) = await asyncio.gather(
-        _task_reward(args, sample, task_reward, kwargs), _teacher_score(args, sample)
+    reward, (score, error) = await asyncio.gather(
+        _task_reward(args, sample, task_reward, kwargs), _teacher_score(args, sample, teachers)
     )
-    return {"task_reward": reward, "teacher_log_probs": log_probs, "teacher_error": error}
+    result = {
+        "task_reward": reward,
+        "teacher_log_probs": None if score is None else score.logprobs,
+        "teacher_error": error,
+    }
+    return result if score is None or score.top is None else {**result, "teacher_top": score.top}
 
 
 def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[list[float], list[float]]:
-    """Sets each sample's ``teacher_log_probs`` (float32 [response_length] or None) and ``reward`` (task's, a float).
+    """Sets each sample's ``teacher_log_probs`` (float32 [response_length] or None), ``teacher_top`` where there is one,
+    and ``reward`` (task's, a float).
 
     A sample's reward may be ``reward_func``'s dict, the raw answer of SGLang's ``/generate`` (what slime's own
     ``reward_func`` returns; its task reward is 0), or a number, which means that the teacher was not asked.
@@ -63,6 +78,9 @@ def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[
     errors: Counter[str] = Counter()
     for sample in samples:
         task, log_probs, error = _split_reward(sample)
+        top = _top(sample.reward)
+        if top is not None and log_probs is not None:
+            sample.teacher_top = top
         if log_probs is not None:
             sample.teacher_log_probs = torch.tensor(log_probs, dtype=torch.float32)
         elif hasattr(sample, "remove_sample"):
@@ -98,17 +116,24 @@ async def _task_reward(args: Any, sample: Any, task_reward: RewardFn | None, kwa
     return float(await task_reward(args, sample, **kwargs))
 
 
-async def _teacher_score(args: Any, sample: Any) -> tuple[list[float] | None, str | None]:
+async def _teacher_score(
+    args: Any, sample: Any, teachers: ServedTeachers | None
+) -> tuple[TeacherScore | None, str | None]:
     try:
-        return await _client(args).score(list(sample.tokens), sample.response_length), None
+        return await (teachers or ServedTeachers.at(args.rm_url)).score(sample, _clients_of(args)), None
     except TeacherError as error:
         return None, str(error)
 
 
-def _client(args: Any) -> SGLangTeacher:
+def _clients_of(args: Any) -> Callable[[str], SGLangTeacher]:
+    """Address -> the client of this event loop; names that share an address share its client."""
+    return lambda url: _client(args, url)
+
+
+def _client(args: Any, url: str) -> SGLangTeacher:
     key_variable = getattr(args, "opd_teacher_api_key_env", None)
     settings = (
-        args.rm_url,
+        url,
         getattr(args, "opd_teacher_timeout", 60.0),
         getattr(args, "opd_teacher_retries", 3),
         getattr(args, "opd_teacher_concurrency", 64),
@@ -116,11 +141,15 @@ def _client(args: Any) -> SGLangTeacher:
     )
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
     if settings not in clients:
-        url, timeout_s, retries, concurrency, api_key = settings
+        _, timeout_s, retries, concurrency, api_key = settings
         clients[settings] = SGLangTeacher(
             url, timeout_s=timeout_s, retries=retries, concurrency=concurrency, api_key=api_key
         )
     return clients[settings]
+
+
+def _top(reward: Any) -> TopLogprobs | None:
+    return reward.get("teacher_top") if isinstance(reward, dict) else None
 
 
 def _split_reward(sample: Any) -> tuple[float, list[float] | None, str | None]:

@@ -85,7 +85,28 @@ class RolloutDriver:
             if sample.status is SampleStatus.ABORTED:
                 sample.reward = 0.0
             else:
-                rewards.append((sample, self._loop.submit(self._reward(self._args, sample))))
+                rewards.append(self._start_reward(sample))
+        return self._finish(samples, rewards, started)
+
+    def score(self, samples: list[Sample]) -> RolloutResult:
+        """The same for answers that are already written: reward function and post-processing, no engine.
+
+        Raises:
+            RewardError: see ``run``.
+        """
+        return self._finish(samples, [self._start_reward(sample) for sample in samples], time.monotonic())
+
+    def close(self) -> None:
+        """Ends the event loop of the rewards; the engine is its maker's to close."""
+        self._loop.close()
+
+    def _start_reward(self, sample: Sample) -> tuple[Sample, Future[Any]]:
+        return sample, self._loop.submit(self._reward(self._args, sample))
+
+    def _finish(
+        self, samples: list[Sample], rewards: list[tuple[Sample, Future[Any]]], started: float
+    ) -> RolloutResult:
+        """Waits for the ``rewards`` of samples that were all written since ``started``."""
         generated = time.monotonic()
         for sample, future in rewards:
             sample.reward = self._result_of(sample, future)
@@ -100,10 +121,6 @@ class RolloutDriver:
             scoring=self._take_scoring_stats(),
         )
 
-    def close(self) -> None:
-        """Ends the event loop of the rewards; the engine is its maker's to close."""
-        self._loop.close()
-
     def _new_samples(self, prompts: list[Prompt], samples_per_prompt: int, first_index: int) -> list[Sample]:
         return [
             Sample(
@@ -113,6 +130,8 @@ class RolloutDriver:
                 tokens=list(prompt.ids),
                 label=prompt.label,
                 metadata=dict(prompt.metadata),
+                teacher_index=prompt.teacher_index,
+                teacher_prompt_ids=None if prompt.teacher_ids is None else list(prompt.teacher_ids),
             )
             for g, prompt in enumerate(prompts)
             for i in range(samples_per_prompt)
@@ -125,6 +144,7 @@ class RolloutDriver:
         sample.rollout_log_probs = result.log_probs
         sample.status = result.status
         sample.weight_version = result.weight_version
+        sample.student_top_ids = result.top_ids
 
     def _result_of(self, sample: Sample, future: Future[Any]) -> Any:
         try:

@@ -21,6 +21,7 @@ from opd.serving import weight_push
 from opd.serving.command import ServerOptions
 from opd.serving.http import HttpError, JsonClient, base_url
 from opd.serving.server import SGLangServer
+from opd.serving.top_logprobs import top_request, top_rows
 from opd.teachers.sglang_teacher import response_logprobs
 from opd.types import GenerationRequest, GenerationResult, SampleStatus, SamplingParams
 
@@ -190,6 +191,7 @@ class SGLangEngine:
                 "sampling_seed": request_seed(params.seed, request.key),
             },
             "return_logprob": True,
+            **(top_request("output", params.top_ids) if params.top_ids else {}),
         }
         try:
             answer = await endpoint.client.post("/generate", payload, give_up=endpoint.dead)
@@ -198,9 +200,11 @@ class SGLangEngine:
                 raise EngineError(endpoint.describe(f"could not be used ({error})")) from error
             logger.warning("request %d aborted: %s", request.key, error)
             return GenerationResult(key=request.key, response_ids=[], log_probs=[], status=SampleStatus.ABORTED)
-        return self._result(endpoint, request, answer)
+        return self._result(endpoint, request, answer, params.top_ids)
 
-    def _result(self, endpoint: _Endpoint, request: GenerationRequest, answer: dict[str, Any]) -> GenerationResult:
+    def _result(
+        self, endpoint: _Endpoint, request: GenerationRequest, answer: dict[str, Any], top_ids: int
+    ) -> GenerationResult:
         meta = answer["meta_info"]
         ids = answer["output_ids"]
         entries = meta.get("output_token_logprobs") or []
@@ -218,7 +222,17 @@ class SGLangEngine:
             log_probs=[float(entry[0]) for entry in entries],
             status=status,
             weight_version=int(version) if version.isdecimal() else self.weight_version,
+            top_ids=self._top_ids(endpoint, meta, len(ids), top_ids) if top_ids and ids else None,
         )
+
+    def _top_ids(self, endpoint: _Endpoint, meta: dict[str, Any], length: int, count: int) -> list[list[int]]:
+        try:
+            ids_TK, _ = top_rows(meta, "output", positions=length, count=count)
+        except ValueError as error:
+            raise EngineError(
+                f"{endpoint.url} returned no {count} likeliest tokens at each position: {error}"
+            ) from error
+        return ids_TK.tolist()
 
     def _push_through_memory(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         limit = min(weight_push.BUCKET_BYTES, weight_push.free_shared_memory() // 2)

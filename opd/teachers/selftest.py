@@ -1,4 +1,4 @@
-"""Before the first rollout: is the server at --rm-url a teacher for this student?"""
+"""Before the first rollout: is a server a teacher for this student?"""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ async def check_teacher(
     student_folder: str | Path | None = None,
     api_key: str | None = None,
     timeout_s: float = 60.0,
+    shown: str | None = None,
 ) -> None:
     """Compares reachability, tokenizer, vocabulary, echo of ids and temperature with what the KL needs.
 
@@ -41,16 +42,18 @@ async def check_teacher(
         teacher: address as given to ``--rm-url``, or a client.
         tokenizer: the student's.
         student_folder: the student's Hugging Face folder, named in messages.
+        shown: the flag and value that name the teacher, for messages; --rm-url and its address without it.
 
     Raises:
         TeacherError: it names the flag, the value, the rule and the remedy.
     """
     if isinstance(teacher, SGLangTeacher):
-        await _check(teacher, f"--rm-url={teacher.http.base_url}/generate", tokenizer, student_folder)
+        flag = shown or f"`--rm-url={teacher.http.base_url}/generate`"
+        await _check(teacher, flag, tokenizer, student_folder)
         return
     client = SGLangTeacher(teacher, timeout_s=timeout_s, retries=2, api_key=api_key, lead_prompts=False)
     try:
-        await _check(client, f"--rm-url={teacher}", tokenizer, student_folder)
+        await _check(client, shown or f"`--rm-url={teacher}`", tokenizer, student_folder)
     finally:
         await client.close()
 
@@ -71,23 +74,23 @@ async def _model_info(client: SGLangTeacher, flag: str) -> dict[str, Any]:
     except HttpError as error:
         if error.reason == "http_status" and error.status in (401, 403):
             raise TeacherError(
-                f"`{flag}`: the server refuses the request ({error}). Name the environment variable with its "
+                f"{flag}: the server refuses the request ({error}). Name the environment variable with its "
                 "API key with --opd-teacher-api-key-env."
             ) from error
         if error.status == 404:
             raise TeacherError(
-                f"`{flag}`: the server there has no /model_info, so it is no SGLang server. Give the address of "
+                f"{flag}: the server there has no /model_info, so it is no SGLang server. Give the address of "
                 "an SGLang server with the teacher's model, such as http://127.0.0.1:13141/generate."
             ) from error
         raise TeacherError(
-            f"`{flag}`: no teacher answers at {client.http.base_url} ({error}). Start it first "
+            f"{flag}: no teacher answers at {client.http.base_url} ({error}). Start it first "
             "(python -m opd.serving.sglang_cpu --model-path TEACHER --port PORT) or correct the address."
         ) from error
     if not isinstance(info, dict):
-        raise TeacherError(f"`{flag}`: /model_info answered {type(info).__name__}, not an object: no SGLang server.")
+        raise TeacherError(f"{flag}: /model_info answered {type(info).__name__}, not an object: no SGLang server.")
     if info.get("is_generation") is False:
         raise TeacherError(
-            f"`{flag}`: the server's model `{info.get('model_path')}` is not a language model that generates. "
+            f"{flag}: the server's model `{info.get('model_path')}` is not a language model that generates. "
             "Serve the teacher without --is-embedding."
         )
     return info
@@ -115,7 +118,7 @@ async def _compare_tokenizers(
     at = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), min(len(ids), len(theirs)))
     student = f" `{student_folder}`" if student_folder is not None else ""
     raise TeacherError(
-        f"`{flag}`: the teacher `{info.get('model_path')}` reads text as other token ids than the student{student}: "
+        f"{flag}: the teacher `{info.get('model_path')}` reads text as other token ids than the student{student}: "
         f"a probe text gives {len(theirs)} ids (digest {ids_digest(theirs)}) instead of {len(ids)} "
         f"({ids_digest(ids)}), the first difference at position {at}: {theirs[at : at + 1]} instead of "
         f"{ids[at : at + 1]}. The teacher scores the student's ids, so both need the same tokenizer: serve a teacher "
@@ -130,11 +133,11 @@ async def _teacher_ids(client: SGLangTeacher, flag: str, info: dict[str, Any], t
         return list(answer["tokens"])
     except HttpError as error:
         if error.status is None:
-            raise TeacherError(f"`{flag}`: the teacher broke off while tokenizing a probe text ({error}).") from error
+            raise TeacherError(f"{flag}: the teacher broke off while tokenizing a probe text ({error}).") from error
     path = info.get("tokenizer_path")
     if path is None or not Path(path).is_dir():
         raise TeacherError(
-            f"`{flag}`: the server offers no /tokenize and its tokenizer `{path}` is not readable here, so it "
+            f"{flag}: the server offers no /tokenize and its tokenizer `{path}` is not readable here, so it "
             "cannot be compared with the student's. Give the address of the SGLang server itself, or, when you know "
             "that they agree, --opd-skip-teacher-selftest."
         )
@@ -161,9 +164,9 @@ async def _check_vocabulary(client: SGLangTeacher, flag: str, tokenizer: Any) ->
         await client.http.post("/generate", payload)
     except HttpError as error:
         if error.status != 400:
-            raise TeacherError(f"`{flag}`: the teacher broke off while scoring a probe text ({error}).") from error
+            raise TeacherError(f"{flag}: the teacher broke off while scoring a probe text ({error}).") from error
         raise TeacherError(
-            f"`{flag}`: the teacher refuses token id {largest}, the largest of the student's tokenizer "
+            f"{flag}: the teacher refuses token id {largest}, the largest of the student's tokenizer "
             f"({error}). Its vocabulary must be at least as large as the student's: serve a teacher of the student's "
             "family."
         ) from error
@@ -176,7 +179,7 @@ async def _check_scores(client: SGLangTeacher, flag: str, ids: list[int]) -> Non
             return response_logprobs(answer, ids, len(ids) - 1)
         except TeacherScoreError as error:
             raise TeacherError(
-                f"`{flag}`: the teacher's scores of a probe text cannot be used ({error}). The server must answer "
+                f"{flag}: the teacher's scores of a probe text cannot be used ({error}). The server must answer "
                 "/generate with input_token_logprobs for the ids it was sent: use SGLang 0.5.23 or a later one."
             ) from error
 
@@ -187,12 +190,12 @@ async def _check_scores(client: SGLangTeacher, flag: str, ids: list[int]) -> Non
             continue
         if temperature == TEMPERATURES[0]:
             raise TeacherError(
-                f"`{flag}`: the teacher scores the same text twice with a difference of {difference:.3g} nats per "
+                f"{flag}: the teacher scores the same text twice with a difference of {difference:.3g} nats per "
                 f"token, more than {LARGEST_DIFFERENCE}: noise of the size of the signal. Serve it in a higher "
                 "precision (--dtype bfloat16 or float32, not quantised), with one replica behind the address."
             )
         raise TeacherError(
-            f"`{flag}`: the teacher's input log-probs depend on the request's temperature ({difference:.3g} nats per "
+            f"{flag}: the teacher's input log-probs depend on the request's temperature ({difference:.3g} nats per "
             f"token between {TEMPERATURES[0]} and {temperature}). The KL needs them at temperature 1: use a stock "
             "SGLang server."
         )

@@ -1,4 +1,4 @@
-"""HTTP client of a teacher served by SGLang: log-probs of a sample's response tokens."""
+"""HTTP client of a teacher served by SGLang: log-probs of a sample's response tokens, and of likely other ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import numpy as np
 
 from opd.errors import TeacherError
 from opd.serving.http import HttpError, HttpStats, JsonClient, base_url
+from opd.serving.top_logprobs import top_request
+from opd.teachers import top_scores
+from opd.teachers.top_scores import TopRequest
+from opd.types import TopLogprobs
 
 # Prompts whose first score is in flight or done. It only bounds memory: forgetting one costs one prefill.
 REMEMBERED_PROMPTS = 4096
@@ -17,13 +24,15 @@ REMEMBERED_PROMPTS = 4096
 TROUBLE_SECONDS = 30.0
 
 TeacherStats = HttpStats
+T = TypeVar("T")
 
 
 class TeacherScoreError(TeacherError):
     """One sample that got no score.
 
     Attributes:
-        reason: "unreachable", "timeout", "http_status", "bad_json", "shape", "length", "ids", "not_finite" or "prompt".
+        reason: "unreachable", "timeout", "http_status", "bad_json", "shape", "length", "ids", "not_finite", "top" or
+            "prompt".
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -69,29 +78,54 @@ class SGLangTeacher:
         """
         if response_length == 0:
             return []
+        return await self._after_leader(tokens, response_length, lambda: self._score(tokens, response_length))
+
+    async def score_top(
+        self, tokens: list[int], response_length: int, request: TopRequest, student_ids: list[list[int]] | None = None
+    ) -> tuple[list[float], TopLogprobs]:
+        """The same, with the log-probs of likely tokens at each of these positions.
+
+        Args:
+            student_ids: the student's K likeliest at each response token, for the supports that hold them.
+
+        Raises:
+            TeacherScoreError: see ``score``.
+        """
+        if request.of_student:
+            given = [len(row) for row in student_ids or []]
+            if given != [request.count] * response_length:
+                raise TeacherScoreError(
+                    "top", f"the rollout engine reported no {request.count} likeliest ids at each response token"
+                )
+        return await self._after_leader(
+            tokens, response_length, lambda: self._score_top(tokens, response_length, request, student_ids)
+        )
+
+    async def close(self) -> None:
+        await self.http.close()
+
+    async def _after_leader(self, tokens: list[int], response_length: int, score: Callable[[], Awaitable[T]]) -> T:
+        """Scores when the first score of the same prompt is done, so that its prefix is in the server's cache."""
         prompt_length = len(tokens) - response_length
-        if response_length < 0 or prompt_length < 1:
+        if response_length < 1 or prompt_length < 1:
             raise TeacherScoreError(
                 "prompt", f"{len(tokens)} tokens, {response_length} of them response, leave no prompt before it"
             )
         if not self._lead_prompts:
-            return await self._score(tokens, response_length)
+            return await score()
 
         prompt = hash(tuple(tokens[:prompt_length]))
         led = self._led.get(prompt)
         if led is not None:
             await led.wait()
-            return await self._score(tokens, response_length)
+            return await score()
         led = self._led[prompt] = asyncio.Event()
         if len(self._led) > REMEMBERED_PROMPTS:
             self._led.popitem(last=False)
         try:
-            return await self._score(tokens, response_length)
+            return await score()
         finally:
             led.set()
-
-    async def close(self) -> None:
-        await self.http.close()
 
     def _in_trouble(self) -> bool:
         """Whether a request was just given up on: its siblings then try once, so that a hung server costs a time-out or
@@ -102,8 +136,51 @@ class SGLangTeacher:
         answer = await self.ask(tokens, start=len(tokens) - response_length - 1)
         return response_logprobs(answer, tokens, response_length)
 
-    async def ask(self, tokens: list[int], *, start: int, temperature: float = 0.0) -> Any:
-        """The server's raw answer with input log-probs from position ``start`` on.
+    async def _score_top(
+        self, tokens: list[int], response_length: int, request: TopRequest, student_ids: list[list[int]] | None
+    ) -> tuple[list[float], TopLogprobs]:
+        prompt_length = len(tokens) - response_length
+        step = top_scores.CHUNK if request.of_student else response_length
+        logprobs: list[float] = []
+        chunks: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        for first in range(0, response_length, step):
+            end = min(first + step, response_length)
+            chosen = np.array(student_ids[first:end]) if request.of_student else None
+            part, rows = await self._score_chunk(tokens[: prompt_length + end], end - first, request, chosen)
+            logprobs += part
+            chunks.append(rows)
+        sources = [
+            (np.concatenate([ids for ids, _ in source]), np.concatenate([values for _, values in source]))
+            for source in zip(*chunks, strict=True)
+        ]
+        return logprobs, top_scores.merged(sources)
+
+    async def _score_chunk(
+        self, tokens: list[int], count: int, request: TopRequest, chosen_TK: np.ndarray | None
+    ) -> tuple[list[float], list[tuple[np.ndarray, np.ndarray]]]:
+        """Of the last ``count`` tokens: log-probs, then (ids, log-probs) of the teacher's and the student's choice."""
+        extra: dict[str, Any] = top_request("input", request.count) if request.of_teacher else {}
+        union_U = None if chosen_TK is None else np.unique(chosen_TK)
+        if union_U is not None:
+            extra["token_ids_logprob"] = union_U.tolist()
+        answer = await self.ask(tokens, start=len(tokens) - count - 1, extra=extra)
+        logprobs = response_logprobs(answer, tokens, count)
+        rows = []
+        try:
+            if request.of_teacher:
+                rows.append(top_scores.teacher_rows(answer["meta_info"], request, positions=count))
+            if chosen_TK is not None:
+                rows.append(top_scores.chosen_rows(answer["meta_info"], union_U, chosen_TK))
+            for ids_TK, logprobs_TK in rows:
+                top_scores.check_rows(ids_TK, logprobs_TK, tokens[-count:], logprobs)
+        except ValueError as error:
+            raise TeacherScoreError("top", str(error)) from error
+        return logprobs, rows
+
+    async def ask(
+        self, tokens: list[int], *, start: int, temperature: float = 0.0, extra: dict[str, Any] | None = None
+    ) -> Any:
+        """The server's raw answer with input log-probs from position ``start`` on, and what ``extra`` asks for.
 
         A start of prompt length - 1 lets the prefix cache serve the prompt: the entry at the boundary is null, hence
         the -1.
@@ -116,6 +193,7 @@ class SGLangTeacher:
             "sampling_params": {"temperature": temperature, "max_new_tokens": 0},
             "return_logprob": True,
             "logprob_start_len": start,
+            **(extra or {}),
         }
         try:
             answer = await self.http.post("/generate", payload, give_up=self._in_trouble)

@@ -29,9 +29,14 @@ class TinyModel:
 
     def logprobs(self, ids: list[int], temperature: float = 1.0) -> list[float]:
         """Of ids[1:], in nats, by transformers."""
+        logprobs_TV = self.all_logprobs(ids, temperature)[:-1]
+        return logprobs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+    def all_logprobs(self, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+        """[tokens, vocabulary] of what may follow each of ``ids``."""
         with torch.no_grad():
-            logits_TV = self.model(torch.tensor([ids])).logits[0, :-1].double() / temperature
-        return torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+            logits_TV = self.model(torch.tensor([ids])).logits[0].double() / temperature
+        return torch.log_softmax(logits_TV, -1)
 
 
 def make_tokenizer(*, reverse: bool = False) -> Any:

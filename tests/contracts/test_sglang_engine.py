@@ -75,6 +75,18 @@ def test_sampled_log_probs_are_those_of_the_tempered_distribution(
     assert len({tuple(r.response_ids) for r in results}) == len(results)
 
 
+def test_the_likeliest_tokens_are_reported_on_request(
+    engine: SGLangEngine, tiny_a: TinyModel, random_ids: Any
+) -> None:
+    params = SamplingParams(temperature=0.8, max_new_tokens=12, top_ids=5)
+    prompt = random_ids(24)
+    (result,) = engine.generate(_requests([prompt]), params)
+    likely_TV = tiny_a.all_logprobs(prompt + result.response_ids)[len(prompt) - 1 : -1]
+    assert result.top_ids == likely_TV.topk(5).indices.tolist()
+    (plain,) = engine.generate(_requests([prompt]), GREEDY)
+    assert plain.top_ids is None
+
+
 def test_a_stop_token_ends_the_answer_and_belongs_to_it(
     engine: SGLangEngine, random_ids: Any
 ) -> None:

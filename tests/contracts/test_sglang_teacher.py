@@ -8,13 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from opd.errors import TeacherError
 from opd.rewards import on_policy_distillation
 from opd.serving.server import SGLangServer
 from opd.teachers.selftest import check_teacher
 from opd.teachers.sglang_teacher import SGLangTeacher
-from tests.contracts.conftest import TinyModel, make_tokenizer
+from opd.teachers.top_scores import TopRequest
+from tests.contracts.conftest import VOCAB_SIZE, TinyModel, make_tokenizer
 
 pytestmark = pytest.mark.contracts
 
@@ -64,6 +66,43 @@ def test_a_sequence_longer_than_the_context_gives_a_reason(server: SGLangServer,
 
     with pytest.raises(TeacherError, match="http_status.*context"):
         asyncio.run(score())
+
+
+@pytest.mark.parametrize("support", ["teacher", "student", "union"])
+def test_likely_tokens_match_transformers(
+    server: SGLangServer, tiny_a: TinyModel, random_ids: Any, support: str
+) -> None:
+    """In several requests, across prompt lengths, with the last id of the vocabulary among what is asked for."""
+    count, cases = 16, [(1, 1), (5, 9), (24, 80)]
+
+    async def score(tokens: list[int], length: int, student_ids: list[list[int]]) -> Any:
+        teacher = SGLangTeacher(server.url)
+        request = TopRequest(count=count, support=support, vocab_size=VOCAB_SIZE)
+        try:
+            return await teacher.score_top(tokens, length, request, student_ids)
+        finally:
+            await teacher.close()
+
+    for prompt, length in cases:
+        tokens = [*random_ids(prompt + length - 1), VOCAB_SIZE - 1]
+        # Distinct within a row, different from row to row, the first row with the last id of the vocabulary.
+        student_TK = (VOCAB_SIZE - 1 - 7 * torch.arange(length)[:, None] - 11 * torch.arange(count)) % VOCAB_SIZE
+        logprobs, top = asyncio.run(score(tokens, length, student_TK.tolist()))
+        all_TV = tiny_a.all_logprobs(tokens)[prompt - 1 : -1]
+        assert logprobs == pytest.approx(tiny_a.logprobs(tokens)[-length:], abs=1e-4)
+        kept_TK = top.ids_TK >= 0
+        wanted_TK = all_TV.gather(1, top.ids_TK.clamp(min=0))
+        assert float(((wanted_TK - top.logprobs_TK) * kept_TK).abs().max()) < 1e-4
+        best_TK = all_TV.topk(count).indices
+        if support == "teacher":
+            assert top.ids_TK.tolist() == best_TK.tolist()
+        elif support == "student":
+            assert top.ids_TK.tolist() == student_TK.tolist()
+        else:
+            for row, best, mine in zip(top.ids_TK.tolist(), best_TK.tolist(), student_TK.tolist(), strict=True):
+                kept = [i for i in row if i >= 0]
+                assert len(kept) == len(set(kept))
+                assert set(kept) == {*best, *mine}
 
 
 def test_function_paths_on_slime_shaped_samples(server: SGLangServer, tiny_a: TinyModel, random_ids: Any) -> None:

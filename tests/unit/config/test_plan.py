@@ -9,7 +9,7 @@ from rich.console import Console
 
 from opd.config import parse_config
 from opd.config.memory import estimate
-from opd.config.model_rules import student_facts, teacher_facts
+from opd.config.model_rules import coloaded_teachers, student_facts
 from opd.config.plan import plan
 
 
@@ -75,7 +75,8 @@ def test_the_plan_says_where_a_run_resumes(workplace: Path, command: Callable[..
 
 def test_memory_by_hand_fp32(workplace: Path, command: Callable[..., list[str]]) -> None:
     config = parse_config(command("megatron", "--max-tokens-per-gpu 100 --rollout-max-prompt-len 36"))
-    items = {item.name: item for item in estimate(config, student_facts(config), teacher_facts(config))}
+    teachers = [facts for _, facts in coloaded_teachers(config)]
+    items = {item.name: item for item in estimate(config, student_facts(config), teachers)}
     count = 119232
     assert items["student weights"].bytes == 4 * count
     assert items["gradients"].bytes == 4 * count

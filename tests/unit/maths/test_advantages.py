@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opd.maths.advantages import group_relative, whiten
+from opd.maths.advantages import group_relative, reward_to_go, token_rewards, whiten
 
 
 def test_hand_worked_group():
@@ -39,3 +39,24 @@ def test_whiten_ignores_masked_tokens():
 def test_refuses_lengths_that_differ():
     with pytest.raises(ValueError, match="rewards for"):
         group_relative(torch.zeros(2), torch.zeros(3))
+
+
+def test_token_rewards_by_hand():
+    logprobs, reference = torch.tensor([-1.0, -1.0, -1.0, -1.0]), torch.tensor([-2.0, -0.5, float("nan"), -1.0])
+    mask = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    got = token_rewards(torch.tensor([3.0, 5.0]), logprobs, reference, mask, [3, 1], kl_coef=0.5)
+    assert got.tolist() == [-0.5, 0.25 + 3.0, 0.0, 5.0]
+    without = token_rewards(torch.tensor([3.0, 5.0]), logprobs, None, mask, [3, 1], kl_coef=0.0)
+    assert without.tolist() == [0.0, 3.0, 0.0, 5.0]
+
+
+def test_a_sample_without_unmasked_tokens_has_no_place_for_its_reward():
+    got = token_rewards(
+        torch.tensor([3.0, 5.0]), torch.zeros(3), None, torch.tensor([0.0, 0.0, 1.0]), [2, 1], kl_coef=0
+    )
+    assert got.tolist() == [0.0, 0.0, 5.0]
+
+
+def test_reward_to_go_by_hand():
+    got = reward_to_go(torch.tensor([1.0, 0.0, 4.0, 8.0]), torch.ones(4), [3, 1], gamma=0.5)
+    assert got.tolist() == [2.0, 2.0, 4.0, 8.0]

@@ -53,6 +53,7 @@ def test_per_token_values_line_up_with_the_response(tmp_path: Path) -> None:
             "response": "xx",
             "reward": 1.0,
             "status": "completed",
+                "off_policy": False,
             "token_ids": [11, 12],
             "token_texts": ["<11>", "<12>"],
             "rollout_log_probs": [-0.5, -0.5],

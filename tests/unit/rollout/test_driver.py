@@ -7,7 +7,18 @@ from opd.errors import RewardError
 from opd.rollout.driver import RolloutDriver, keep_rewards
 from opd.types import GenerationResult, SampleStatus, SamplingParams
 
-PROMPTS = [Prompt(index=i, text=f"p{i}", ids=(5, 6 + i), label=str(i), metadata={"i": i}) for i in range(3)]
+PROMPTS = [
+    Prompt(
+        index=i,
+        text=f"p{i}",
+        ids=(5, 6 + i),
+        label=str(i),
+        metadata={"i": i},
+        teacher_index=i,
+        teacher_ids=(5, 6, 7) if i else None,
+    )
+    for i in range(3)
+]
 
 
 class ScriptedEngine:
@@ -27,6 +38,7 @@ class ScriptedEngine:
                 log_probs=[] if aborted else [-1.0, -2.0],
                 status=SampleStatus.ABORTED if aborted else SampleStatus.COMPLETED,
                 weight_version=3,
+                top_ids=None if aborted else [[request.key, 1], [9, 1]],
             )
 
     def close(self):
@@ -56,6 +68,13 @@ def test_samples_come_back_in_order_with_everything_filled_in():
     assert (sample.tokens, sample.response_length, sample.response_ids) == ([5, 8, 104, 9], 2, [104, 9])
     assert (sample.rollout_log_probs, sample.weight_version, sample.metadata) == ([-1.0, -2.0], 3, {"i": 2})
     assert result.samples[1].status is SampleStatus.ABORTED
+
+
+def test_samples_carry_what_the_teacher_needs():
+    first, *_, last = run().samples
+    assert (first.teacher_index, first.teacher_prompt_ids) == (0, None)
+    assert (last.teacher_index, last.teacher_prompt_ids) == (2, [5, 6, 7])
+    assert last.student_top_ids == [[105, 1], [9, 1]]
 
 
 def test_rewards_run_while_the_engine_still_decodes():

@@ -84,6 +84,17 @@ def test_an_answer_does_not_depend_on_the_batch_around_it():
     assert len({tuple(r.response_ids) for r in together.values()}) > 8  # siblings differ
 
 
+def test_the_likeliest_ids_come_along_when_asked_for():
+    model = make_model()
+    requests = {r.key: r for r in make_requests(2)}
+    engine = TorchEngine(model, max_running_requests=3, max_context_len=100)
+    for key, result in generate(engine, list(requests.values()), max_new_tokens=6, top_ids=4).items():
+        n = len(result.response_ids)
+        ids = torch.tensor([[*requests[key].prompt_ids, *result.response_ids]])
+        want = model(ids).logits[0, -n - 1 : -1].topk(4).indices
+        assert result.top_ids == want.tolist()
+
+
 def test_the_context_limit_shortens_answers_and_refuses_prompts():
     engine = TorchEngine(make_model(), max_running_requests=4, max_context_len=26)
     lengths = {len(r.response_ids) for r in engine.generate(make_requests(1), SamplingParams(max_new_tokens=30))}

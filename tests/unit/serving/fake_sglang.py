@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 
 HANG_SECONDS = 0.5  # longer than the time-out of the tests' clients
@@ -17,11 +19,41 @@ def logprob_of(position: int, token: int) -> float:
     return -0.5 - 0.001 * position - 0.01 * token
 
 
-def good_answer(request: dict[str, Any]) -> dict[str, Any]:
-    """As SGLang: entries from ``logprob_start_len`` on, the first one without a log-prob."""
+def top_of(position: int, count: int) -> list[list[Any]]:
+    """[log-prob, id, text] of the tokens that the fake finds likeliest at a position: small odd ids."""
+    return [[-2.0 - 0.1 * k - 0.001 * position, 2 * k + 1, None] for k in range(count)]
+
+
+def good_answer(request: dict[str, Any], *, packed: bool = True) -> dict[str, Any]:
+    """As SGLang: entries from ``logprob_start_len`` on, the first one without a log-prob.
+
+    ``packed``: whether the server knows the packed form of top log-probs.
+    """
     ids, start = request["input_ids"], request["logprob_start_len"]
     entries = [[None if i == start else logprob_of(i, ids[i]), ids[i], None] for i in range(start, len(ids))]
-    return {"text": "", "meta_info": {"input_token_logprobs": entries, "finish_reason": {"type": "length"}}}
+    meta: dict[str, Any] = {"input_token_logprobs": entries, "finish_reason": {"type": "length"}}
+    count, asked = request.get("top_logprobs_num", 0), request.get("token_ids_logprob")
+    rows = [top_of(i, count) for i in range(start + 1, len(ids))]
+    if count and packed and request.get("return_flat_raw_top_logprobs_b64"):
+        meta |= packed_rows("input", rows)
+    elif count:
+        meta["input_top_logprobs"] = [None, *rows]
+    if asked:
+        chosen = [[[-3.0 - logprob_of(i, t) / 100, t, None] for t in asked] for i in range(start + 1, len(ids))]
+        meta["input_token_ids_logprobs"] = [None, *chosen]
+    return {"text": "", "meta_info": meta}
+
+
+def packed_rows(side: str, rows: list[list[list[Any]]]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        f"{side}_top_logprobs_shape": [len(rows), len(rows[0])],
+        f"{side}_top_logprobs_null_prefix": 1,
+    }
+    for name, place, dtype in (("val", 0, "float32"), ("idx", 1, "int32")):
+        array = np.array([[entry[place] for entry in row] for row in rows], dtype=dtype)
+        result[f"{side}_top_logprobs_{name}_flat_b64"] = base64.b64encode(array.tobytes()).decode()
+        result[f"{side}_top_logprobs_{name}_flat_b64_dtype"] = dtype
+    return result
 
 
 class FakeSGLang:

@@ -96,6 +96,12 @@ def test_nobody_there() -> None:
         asyncio.run(check_teacher("http://127.0.0.1:9/generate", ByteTokenizer()))
 
 
+def test_one_of_several_is_named_as_in_the_flags() -> None:
+    shown = "`--opd-teachers math=http://127.0.0.1:9/generate`"
+    with pytest.raises(TeacherError, match=f"{shown}: no teacher answers"):
+        asyncio.run(check_teacher("http://127.0.0.1:9/generate", ByteTokenizer(), shown=shown))
+
+
 def test_another_kind_of_server() -> None:
     with pytest.raises(TeacherError, match="no SGLang server"):
         _check(model_info=404)

@@ -1,0 +1,199 @@
+"""Output head and distribution loss in one: neither [R, V] logits nor their gradient ever exist.
+
+The weight of every row is known before the loss is taken, so the gradient is made in the forward pass, chunk by chunk,
+while the chunk's logits are at hand: no logits are kept for the backward pass and no matmul is done twice. The backward
+pass only multiplies by the gradient of the scalar.
+
+Shapes: R rows (response tokens), C rows of a chunk, H hidden size, V the vocabulary (V/tp per rank), K ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from opd.maths.divergence import (
+    ChunkDivergence,
+    check_options,
+    divergence_and_grad,
+    sparse_divergence_and_grad,
+)
+from opd.maths.vocab_parallel import wide_dtype
+
+DIAGNOSTICS = ("student_entropy", "teacher_entropy", "top1_agree", "tail_mass")
+
+TeacherLogits = Callable[[torch.Tensor], torch.Tensor]
+SparseTeacher = tuple[torch.Tensor, torch.Tensor]
+
+
+class Head(Protocol):
+    """What is needed of the student's output head."""
+
+    weight_VH: torch.Tensor  # this rank's rows of the vocabulary
+    group: dist.ProcessGroup | None
+
+    def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        """``hidden @ weight.T`` in a new tensor, at least float32; columns of padding at finfo.min."""
+
+
+def head_divergence(
+    hidden_RH: torch.Tensor,
+    head: Head,
+    teacher_logits: TeacherLogits | SparseTeacher,
+    weights_R: torch.Tensor,
+    *,
+    kind: str,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    support: str = "teacher",
+    chunk: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """``sum_r weights_r divergence_r`` over rows of hidden states; differentiable in them and in the head's weight.
+
+    Args:
+        teacher_logits: a function from row indices [C] to the teacher's logits [C, V] at those rows (this rank's
+            slice), or a pair (ids [R, K], log-probs [R, K]) as `sparse_divergence_and_grad` takes it, for which
+            ``top_k`` and ``support`` play no part.
+        weights_R: weight of each row in the loss; no gradient. A row of weight 0 adds nothing, even if infinite.
+        chunk: rows at a time. Live [chunk, V] tensors: the student's logits, which turn into their gradient in place,
+            and the teacher's.
+
+    With ``head.group`` the gradient of ``hidden_RH`` is this rank's part only: its sum over the group is the caller's.
+
+    Returns:
+        (loss, divergence of each row [R], diagnostics by the names in `DIAGNOSTICS`, [R] each); only the loss carries
+        a gradient, and one backward pass through it uses it up.
+
+    Raises:
+        ValueError: as `divergence` and `sparse_divergence_and_grad`; rows and weights that differ in number;
+            chunk below 1.
+    """
+    check_options(kind=kind, beta=beta, temperature=temperature, top_k=top_k, support=support)
+    rows = hidden_RH.shape[0]
+    if hidden_RH.dim() != 2 or weights_R.shape != (rows,):
+        raise ValueError(
+            f"hidden states {tuple(hidden_RH.shape)} and weights {tuple(weights_R.shape)} must be [rows, hidden] and"
+            " [rows]: one weight per row"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1: it is the number of rows whose logits exist at a time")
+    if not callable(teacher_logits) and teacher_logits[0].shape[:1] != (rows,):
+        raise ValueError(
+            f"{rows} rows of hidden states but teacher ids for {teacher_logits[0].shape[0]}: pass one per row"
+        )
+    options: dict[str, Any] = {"kind": kind, "beta": beta, "temperature": float(temperature)}
+    if callable(teacher_logits):
+        options |= {"top_k": top_k, "support": support}
+    loss, value_R, *diagnostics = _HeadDivergence.apply(
+        hidden_RH, head.weight_VH, head, teacher_logits, weights_R.detach(), options, chunk, torch.is_grad_enabled()
+    )
+    return loss, value_R, dict(zip(DIAGNOSTICS, diagnostics, strict=True))
+
+
+class _HeadDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        head: Head,
+        teacher: TeacherLogits | SparseTeacher,
+        weights_R: torch.Tensor,
+        options: dict[str, Any],
+        chunk: int,
+        grad_enabled: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        grad_RH = torch.zeros_like(hidden_RH) if need_hidden else None
+        total = _WeightGradient(weight_VH) if need_weight else None
+        # A rank may have no row to predict; one empty chunk gives its results their types.
+        pieces = []
+        for start in range(0, max(1, hidden_RH.shape[0]), chunk):
+            rows = slice(start, start + chunk)
+            piece = _chunk(hidden_RH[rows], rows, head, teacher, options, need_hidden or need_weight)
+            pieces.append(_per_row(piece))
+            if piece.grad_CV is not None:
+                _accumulate(piece.grad_CV, hidden_RH[rows], weights_R[rows], weight_VH, rows, grad_RH, total)
+            del piece  # with the chunk's logits, before the next ones are made
+        value_R, *diagnostics = torch.cat(pieces, dim=1).unbind()
+        loss = torch.where(weights_R == 0, 0.0, weights_R * value_R).sum()
+        ctx.gradients = grad_RH, None if total is None else total.sum_VH
+        ctx.weight_dtype = weight_VH.dtype
+        ctx.mark_non_differentiable(value_R, *diagnostics)
+        return loss, value_R, *diagnostics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("a first backward pass used up the gradient of head_divergence: call it again")
+        grad_RH, grad_VH = ctx.gradients
+        ctx.gradients = None  # scaled in place: [V, H] is the largest tensor here, and a copy would double it
+        if grad_RH is not None:
+            grad_RH.mul_(grad_loss)
+        if grad_VH is not None:
+            grad_VH = grad_VH.mul_(grad_loss).to(ctx.weight_dtype)
+        return grad_RH, grad_VH, None, None, None, None, None, None
+
+
+def _chunk(
+    hidden_CH: torch.Tensor,
+    rows: slice,
+    head: Head,
+    teacher: TeacherLogits | SparseTeacher,
+    options: dict[str, Any],
+    need_grad: bool,
+) -> ChunkDivergence:
+    logits_CV = head.logits(hidden_CH)
+    in_place = logits_CV if need_grad and logits_CV.dtype == wide_dtype(logits_CV) else None
+    shared = options | {"group": head.group, "need_grad": need_grad, "out": in_place}
+    if not callable(teacher):
+        ids_RK, logprobs_RK = teacher
+        return sparse_divergence_and_grad(logits_CV, ids_RK[rows], logprobs_RK[rows], **shared)
+    index_C = torch.arange(rows.start, rows.start + hidden_CH.shape[0], device=hidden_CH.device)
+    return divergence_and_grad(logits_CV, teacher(index_C), **shared)
+
+
+def _per_row(piece: ChunkDivergence) -> torch.Tensor:
+    """Value, then the diagnostics in the order of `DIAGNOSTICS`, [5, C]."""
+    return torch.stack([piece.value_C] + [getattr(piece, f"{name}_C") for name in DIAGNOSTICS])
+
+
+def _accumulate(
+    grad_CV: torch.Tensor,
+    hidden_CH: torch.Tensor,
+    weights_C: torch.Tensor,
+    weight_VH: torch.Tensor,
+    rows: slice,
+    grad_RH: torch.Tensor | None,
+    total: _WeightGradient | None,
+) -> None:
+    """Adds a chunk to the gradients of the hidden states and of the weight."""
+    if bool((weights_C == 0).any()):
+        grad_CV[weights_C == 0] = 0  # it may be NaN, and 0 x NaN is NaN
+    grad_CV = grad_CV.to(weight_VH.dtype)
+    # The rows' weights go onto the small matrices: onto the gradient they would cost a pass over [C, V].
+    weights_C1 = weights_C[:, None]
+    if grad_RH is not None:
+        grad_RH[rows] = (grad_CV @ weight_VH) * weights_C1
+    if total is not None:
+        total.add(grad_CV, (hidden_CH * weights_C1).to(weight_VH.dtype))
+
+
+class _WeightGradient:
+    """Sum over chunks of ``grad_CV.T @ hidden_CH``, in float32 or the weight's wider type: with a bfloat16 sum the
+    later chunks of a long batch would be rounded away."""
+
+    def __init__(self, weight_VH: torch.Tensor) -> None:
+        dtype = wide_dtype(weight_VH)
+        self.sum_VH = torch.zeros(weight_VH.shape, dtype=dtype, device=weight_VH.device)
+
+    def add(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+        if grad_CV.dtype == self.sum_VH.dtype:
+            self.sum_VH.addmm_(grad_CV.t(), hidden_CH)
+        else:
+            self.sum_VH.add_(grad_CV.t() @ hidden_CH)

@@ -1,0 +1,23 @@
+"""Truncated importance sampling between the policy that wrote the answers and the one that is trained."""
+
+from __future__ import annotations
+
+import torch
+
+
+def truncated_importance_weights(
+    trainer_logprobs_T: torch.Tensor, rollout_logprobs_T: torch.Tensor, *, low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``clamp(pi_trainer / pi_rollout, low, high)`` of each sampled token: the factor on its policy loss.
+
+    The rollout engine's kernels give slightly other probabilities than the trainer's, so its answers are slightly
+    off-policy. The ratio corrects that per token; the clamp bounds the variance of what a rare token weighs. Both
+    log-probs belong to the weights that wrote the answer, at the rollout temperature.
+
+    Returns:
+        (weights_T, truncated_T): no gradient; ``truncated_T`` is 1.0 where the clamp acted.
+    """
+    # The exponent's cap only keeps exp finite: 80 nats are above any bound and below float32's overflow at 88.
+    ratio_T = (trainer_logprobs_T.detach() - rollout_logprobs_T.detach()).clamp_max(80.0).exp()
+    weights_T = ratio_T.clamp(low, high)
+    return weights_T, (weights_T != ratio_T).to(ratio_T.dtype)

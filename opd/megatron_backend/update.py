@@ -1,0 +1,105 @@
+"""One optimizer step over this rank's share of a global batch: weigh the tokens, run, step, add up the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from opd.errors import UpdateError
+from opd.maths.masking import token_weights
+from opd.megatron_backend.losses import LossTerm, Sums, weighted_sum
+from opd.megatron_backend.optimizer import TrainableModel
+from opd.megatron_backend.pipeline import current_device, from_last_stage, run, split
+from opd.types import TokenBatch
+
+
+def optimizer_steps(
+    trainable: TrainableModel,
+    terms: list[LossTerm],
+    batch: TokenBatch,
+    *,
+    number: int,
+    max_tokens: int,
+    per_token: bool,
+    after_each: Callable[[], None] = lambda: None,
+) -> list[dict[str, float]]:
+    """One step for each ``optimizer_step_N``, in order, and ``after_each`` after it; the metrics of each.
+
+    Raises:
+        UpdateError: NaN or infinite gradients; the weights are as before that step.
+    """
+    steps_N = batch.optimizer_step_N.tolist()
+    metrics = []
+    for number_of_step in range(number):
+        share = batch.select([i for i, step in enumerate(steps_N) if step == number_of_step])
+        metrics.append(_optimizer_step(trainable, terms, share, max_tokens=max_tokens, per_token=per_token))
+        after_each()
+    return metrics
+
+
+def mean_of(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+
+
+def sum_over_ranks(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """Adds up, or takes the largest of, per-share numbers over the data-parallel ranks."""
+    if mpu.get_data_parallel_world_size() == 1:
+        return {**sums, **maxima}
+    merged = {}
+    for values, op in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=current_device())
+        dist.all_reduce(tensor, op=op, group=mpu.get_data_parallel_group())
+        merged.update(zip(values, tensor.tolist(), strict=True))
+    return merged
+
+
+def _optimizer_step(
+    trainable: TrainableModel, terms: list[LossTerm], batch: TokenBatch, *, max_tokens: int, per_token: bool
+) -> dict[str, float]:
+    batch, tokens = _weigh(batch, terms, per_token=per_token)
+    trainable.model.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    plan = split(batch, max_tokens=max_tokens)
+    outputs = run(trainable.model, batch, plan, weighted_sum(terms), forward_only=False)
+    learning_rate = trainable.optimizer.param_groups[0]["lr"]
+    successful, grad_norm, _ = trainable.optimizer.step()
+    if not successful:
+        raise UpdateError(
+            "the gradients hold NaN or infinity, so the weights were not updated. Lower --lr, or look at the last"
+            " rollout's rewards and log-probs in OUTPUT_DIR/samples"
+        )
+    trainable.scheduler.step(increment=1)
+    sums = _global_sums(outputs, [name for term in terms for name in term.metrics])
+    metrics = {
+        name: sums[name] / tokens[term.weights] if name in term.means else sums[name]
+        for term in terms
+        for name in term.metrics
+    }
+    return {**metrics, "grad_norm": float(grad_norm), "lr": float(learning_rate)}
+
+
+def _weigh(batch: TokenBatch, terms: list[LossTerm], *, per_token: bool) -> tuple[TokenBatch, dict[str, float]]:
+    """Gives every token its weight in each term's loss, and counts each term's tokens, over the global batch."""
+    weights, sums = {}, {}
+    for term in terms:
+        mask_T = term.mask(batch)
+        weights[term.weights], denominator = token_weights(mask_T, batch.response_lengths, per_token=per_token)
+        sums |= {f"{term.weights} denominator": denominator, f"{term.weights} tokens": float(mask_T.sum())}
+    total = sum_over_ranks(sums, {})
+    for name in weights:
+        weights[name] = weights[name] / max(total[f"{name} denominator"], 1.0)
+    return batch.with_(**weights), {name: max(total[f"{name} tokens"], 1.0) for name in weights}
+
+
+def _global_sums(outputs: list[Sums], names: list[str]) -> dict[str, float]:
+    """Sums of per-micro-batch numbers over micro-batches, data- and context-parallel ranks, on every rank."""
+    total = torch.zeros(len(names), device=current_device())
+    for output in outputs:
+        total += torch.stack([output[name].float() for name in names])
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    if mpu.is_pipeline_last_stage() and group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return dict(zip(names, from_last_stage(total).tolist(), strict=True))
