@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opd.build import _of_own_answers
+from opd.build_rewards import _of_own_answers
 from opd.config.off_policy_rules import off_policy_prompts
 from opd.config.schema import Config, DistillationFlags, OffPolicyFlags, OpdFlags, RolloutFlags
 from opd.rollout.driver import RolloutDriver, RolloutResult, keep_rewards
