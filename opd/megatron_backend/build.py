@@ -42,7 +42,7 @@ def build_trainer(config: Config, device: torch.device) -> tuple[MegatronTrainer
     teacher_pass = None
     if config.opd.opd_type == "megatron":
         if config.opd.opd_teacher_self == "ema":
-            moving_average = _moving_average(config, sizes, resumed=extra is not None)
+            moving_average = _moving_average(config, sizes, resumed_step=extra and extra["step"])
         own = {"live": _live_teacher(config, student), "frozen": reference, "ema": moving_average}
         teacher_pass = _teachers(config, sizes, own.get(config.opd.opd_teacher_self or ""))
     trainer = MegatronTrainer(
@@ -146,11 +146,11 @@ def _live_teacher(config: Config, student: TrainableModel) -> LiveTeacher:
     return LiveTeacher(student.model, output_head if asks_for_head else None)
 
 
-def _moving_average(config: Config, sizes: ParallelSizes, *, resumed: bool) -> MovingAverageTeacher:
+def _moving_average(config: Config, sizes: ParallelSizes, *, resumed_step: int | None) -> MovingAverageTeacher:
+    """Raises CheckpointError when the student resumes and its average's checkpoint of that step is not there."""
     model = _build(config, sizes, config.checkpoint.hf_checkpoint)
-    saved = Path(config.checkpoint.load or "") / MOVING_AVERAGE_FOLDER
-    if resumed and _has_checkpoint(str(saved)):
-        checkpoint.load(saved, model=model)
+    if resumed_step is not None:
+        checkpoint.load(Path(config.checkpoint.load) / MOVING_AVERAGE_FOLDER, model=model, step=resumed_step)
     else:
         _load_weights(model, _initial_weights(config))
     return MovingAverageTeacher(model, output_head, decay=config.opd.opd_teacher_ema_decay)

@@ -21,21 +21,18 @@ from opd.types import TokenBatch
 
 
 def give_value_head(model: BridgedModel) -> None:
-    """Takes the output layer away and puts a scalar head in its place, on the last pipeline stage.
+    """Puts a scalar head in the place of the output layer, on the last pipeline stage.
 
-    The head starts at 0: the first values are 0 in every layout, and the body is left alone until the head has learned
-    a direction.
+    It starts at 0: the first values are 0 in every layout, and the body is left alone until the head has learned a
+    direction. It is whole on every tensor-parallel rank, as its input is, and so is its gradient.
     """
     model.share_embeddings_and_output_weights = False  # nothing is shared with an embedding any more
     if model.post_process:
-        del model.output_layer
-        embedding_like = next(model.parameters())
-        model.value_head = torch.nn.Linear(
-            model.config.hidden_size, 1, bias=False, device=embedding_like.device, dtype=embedding_like.dtype
+        like = next(model.parameters())
+        model.output_layer = torch.nn.Linear(
+            model.config.hidden_size, 1, bias=False, device=like.device, dtype=like.dtype
         )
-        torch.nn.init.zeros_(model.value_head.weight)
-        # Its input is whole on every tensor-parallel rank, so its gradient is too: nothing to add up.
-        model.value_head.weight.sequence_parallel = False
+        torch.nn.init.zeros_(model.output_layer.weight)
 
 
 class MegatronCritic:
@@ -122,5 +119,5 @@ class _ValueTerm:
 
 
 def _values(micro: MicroBatch) -> torch.Tensor:
-    weight_1H = micro.model.value_head.weight
+    weight_1H = micro.model.output_layer.weight
     return (micro.replicated_hidden_RH().to(weight_1H.dtype) @ weight_1H.t())[:, 0].float()

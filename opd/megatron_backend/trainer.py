@@ -119,7 +119,9 @@ class MegatronTrainer:
         Raises:
             CheckpointError: it could not be written; the checkpoints before stay valid.
         """
-        folder = self._config.checkpoint.save
+        folder = Path(self._config.checkpoint.save)
+        if self._moving_average is not None:  # first: a student's checkpoint must find its teacher's
+            checkpoint.save(folder / MOVING_AVERAGE_FOLDER, iteration, model=self._moving_average.model)
         checkpoint.save(
             folder,
             iteration,
@@ -130,12 +132,16 @@ class MegatronTrainer:
             extra=extra,
         )
         if self._config.lora.lora_rank is not None:
-            base = self._config.checkpoint.ref_load or self._config.checkpoint.hf_checkpoint
-            save_peft_adapter(self._student.model, Path(folder) / PEFT_FOLDER, base_model_name_or_path=base)
-        if self._moving_average is not None:
-            checkpoint.save(Path(folder) / MOVING_AVERAGE_FOLDER, iteration, model=self._moving_average.model)
+            self._save_peft(folder / PEFT_FOLDER)
         if dist.get_rank() == 0:
             checkpoint.write_hf_files(self._config.checkpoint.hf_checkpoint, folder)
+
+    def _save_peft(self, folder: Path) -> None:
+        base = self._config.checkpoint.ref_load or self._config.checkpoint.hf_checkpoint
+        try:
+            save_peft_adapter(self._student.model, folder, base_model_name_or_path=base)
+        except OSError as error:  # on rank 0, which writes; the checkpoint itself is in place
+            raise checkpoint.CheckpointError(f"could not write the PEFT adapter to `{folder}`: {error}") from error
 
     def close(self) -> None:
         """Leaves the process groups."""

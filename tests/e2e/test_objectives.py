@@ -14,30 +14,24 @@ from tests.e2e.runs import TASK, rows, run, tiny_flags, without_times
 pytestmark = pytest.mark.e2e
 
 
-def whole_and_resumed(tmp_path: Path, **changes) -> list[dict]:
-    """Rows of a run of 4 steps, after checking that one stopped at step 2 and resumed has the same."""
-
-    def flags(folder: Path) -> list[str]:
-        checkpoints = folder / "checkpoints"
-        saving = {"save": checkpoints, "load": checkpoints, "save_interval": 2}
-        return tiny_flags(folder, **saving, **({"num_rollout": 4, "lr": 1e-3} | changes))
-
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run(flags(whole), log=tmp_path / "whole.log")
-    run(flags(resumed), log=tmp_path / "first.log")
-    latest = resumed / "checkpoints" / "latest_checkpointed_iteration.txt"
+def run_and_resume(folder: Path, **changes) -> list[dict]:
+    """Rows of a run of 4 steps, after checking that its second half, run again from step 2, gives the same."""
+    checkpoints = folder / "checkpoints"
+    saving = {"save": checkpoints, "load": checkpoints, "save_interval": 2, "num_rollout": 4}
+    flags = tiny_flags(folder, **saving, **({"lr": 1e-3} | changes))
+    run(flags, log=folder.with_suffix(".first.log"))
+    table = without_times(rows(folder))
+    latest = checkpoints / "latest_checkpointed_iteration.txt"
     assert latest.read_text().strip() == "4"
     latest.write_text("2")  # as if it had been killed after the first checkpoint
-    run(flags(resumed), log=tmp_path / "second.log")
-    assert "resumes after step 2 of 4" in (tmp_path / "second.log").read_text()
-    table = without_times(rows(whole))
-    assert without_times(rows(resumed)) == table
+    assert "resumes after step 2 of 4" in run(flags, log=folder.with_suffix(".second.log"))
+    assert without_times(rows(folder)) == table
     return table
 
 
 def test_ppo_resumes_with_its_critic_and_its_reference(tmp_path):
-    table = whole_and_resumed(
-        tmp_path,
+    table = run_and_resume(
+        tmp_path / "run",
         advantage_estimator="ppo",
         normalize_advantages=True,
         kl_coef=0.05,
@@ -50,13 +44,13 @@ def test_ppo_resumes_with_its_critic_and_its_reference(tmp_path):
     )
     assert [row["grad_norm"] > 0 for row in table] == [False, True, True, True]
     assert all(row["critic_grad_norm"] > 0 for row in table)
-    assert table[0]["value_mean"] == pytest.approx(0, abs=0.05) and abs(table[-1]["value_mean"]) > 0.05
+    assert abs(table[-1]["value_mean"]) > 0.05
     assert "kl_loss" not in table[0] and table[-1]["kl_loss"] > 0
 
 
 def test_adapters_learn_from_their_own_average_shown_the_answer(tmp_path):
-    table = whole_and_resumed(
-        tmp_path,
+    table = run_and_resume(
+        tmp_path / "run",
         opd_teacher_load=None,
         opd_teacher_self="ema",
         opd_teacher_ema_decay=0.5,
@@ -70,7 +64,7 @@ def test_adapters_learn_from_their_own_average_shown_the_answer(tmp_path):
     assert all(row["distillation_divergence"] > 1e-4 and row["grad_norm"] > 0 for row in table)
     assert all(0 < row["tail_mass"] < 0.5 and 0.2 < row["top1_agreement"] <= 1 for row in table)
 
-    peft = tmp_path / "whole" / "checkpoints" / "peft"
+    peft = tmp_path / "run" / "checkpoints" / "peft"
     settings = json.loads((peft / "adapter_config.json").read_text())
     assert settings["r"] == 4 and settings["base_model_name_or_path"].endswith("student")
     adapters = load_file(peft / "adapter_model.safetensors")
