@@ -2,15 +2,17 @@
 
     python benchmarks/distillation_loss.py --json benchmarks/results/distillation_loss_cpu.json
 
-takes about 12 minutes on 2 cores at the default size (V = 151,936, T = 1,024, H = 1,024, float32); `--device cuda`
+takes about 12 minutes on 2 idle cores at the default size (V = 151,936, T = 1,024, H = 1,024, float32); `--device cuda`
 where there is one. Two comparisons, forward and backward:
 
 * head: hidden states -> loss, `head_divergence` against two full matmuls, two log_softmax and autograd;
 * logits: logits -> loss, `divergence` against two log_softmax and autograd.
 
-Memory is the high-water mark in a fresh process, less what it held once inputs existed; time the median of repeats
-that alternate between the two. ``memory`` leaves out the gradients, which both must return and which are the same
-tensors; ``memory_with_gradients`` includes them. All ratios are ours / plain.
+All ratios are ours / plain. Memory is the high-water mark in a fresh process, less what it held once inputs existed.
+``memory`` leaves out the gradients that both return, T x H and V x H (or T x V), whatever the implementation;
+``memory_with_gradients`` does not. (Plain may reach its peak before it holds them all: then ``memory`` flatters it.)
+Time is the median of repeats that alternate between the two; on a busy machine ``cpu_time`` with OMP_NUM_THREADS=1 is
+the one to trust.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ def main() -> None:
             raw[label] = measured
             for key in ("memory", "memory_with_gradients"):
                 ratios[f"{label} {key}"] = round(measured["ours"][key] / measured["plain"][key], 4)
-            ratios[f"{label} time"] = round(measured["time"]["ours_s"] / measured["time"]["plain_s"], 4)
+            for key in ("time", "cpu_time"):
+                taken = [measured["time"][f"{name}_{key}_s"] for name in ("ours", "plain")]
+                ratios[f"{label} {key}"] = round(taken[0] / taken[1], 4)
             print(summary(label, measured, ratios), flush=True)
     if options.json:
         machine = {
@@ -88,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--tokens", type=int, default=1_024)
     parser.add_argument("--hidden", type=int, default=1_024)
-    parser.add_argument("--chunk", type=int, default=128, help="rows of logits alive at a time in head_divergence")
+    parser.add_argument("--chunk", type=int, default=256, help="rows of logits alive at a time in head_divergence")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -233,17 +237,17 @@ def measure_time(
     variants: dict[str, Callable[[], torch.Tensor]], inputs: dict[str, torch.Tensor], options: argparse.Namespace
 ) -> dict[str, float]:
     """Median seconds of each, taken in turn, and how far their losses and gradients lie apart."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     losses, gradients = {}, {}
     for repeat in range(options.repeats + 1):
         for name, variant in variants.items():
             for tensor in inputs.values():
                 tensor.grad = None
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             loss = variant()
             if options.device == "cuda":
                 torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
+            elapsed = time.perf_counter() - start, time.process_time() - cpu_start
             if repeat == 0:  # pages of the allocator are touched for the first time; used for the comparison
                 losses[name] = float(loss)
                 gradients[name] = [x.grad for x in inputs.values() if x.grad is not None]
@@ -253,9 +257,12 @@ def measure_time(
             pairs = zip(gradients["ours"], gradients["plain"], strict=True)
             gradient_error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
             gradients.clear()
-    return {
-        "ours_s": statistics.median(seconds["ours"]),
-        "plain_s": statistics.median(seconds["plain"]),
+    medians = {
+        f"{name}_{key}_s": statistics.median(pair[i] for pair in taken)
+        for name, taken in seconds.items()
+        for i, key in enumerate(("time", "cpu_time"))
+    }
+    return medians | {
         "ours_loss": losses["ours"],
         "plain_loss": losses["plain"],
         "largest_gradient_difference_over_largest_gradient": gradient_error,
@@ -268,7 +275,8 @@ def summary(label: str, measured: dict[str, dict[str, float]], ratios: dict[str,
     return (
         f"{label}: memory {ours_MB:.0f} / {plain_MB:.0f} MiB = {ratios[f'{label} memory']:.3f}"
         f" (with gradients {ratios[f'{label} memory_with_gradients']:.3f}),"
-        f" time {timing['ours_s']:.2f} / {timing['plain_s']:.2f} s = {ratios[f'{label} time']:.3f},"
+        f" time {timing['ours_time_s']:.2f} / {timing['plain_time_s']:.2f} s = {ratios[f'{label} time']:.3f}"
+        f" (of CPU {ratios[f'{label} cpu_time']:.3f}),"
         f" loss {timing['ours_loss']:.6f} / {timing['plain_loss']:.6f},"
         f" gradient differs by {timing['largest_gradient_difference_over_largest_gradient']:.1e}"
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from opd.maths.vocab_parallel import all_reduce_max, all_reduce_sum, log_softmax_into
+from opd.maths.vocab_parallel import all_reduce_max, all_reduce_sum, exp_into
 
 SCRATCH = 4  # [B, V] buffers that `full_rows` needs besides the one for the gradient
 _INFINITE = 1e20  # nats; only `LOG_ZERO` under a probability above 0 gives a value as large
@@ -50,39 +50,45 @@ def full_rows(
 
     ``grad_BV`` receives the gradient (and serves as a buffer where none is needed); it may be ``student_BV`` itself.
     """
-    log_s, (prob_s, log_t, prob_t, work) = grad_BV, scratch
-    top_s_B = log_softmax_into(student_BV, temperature=temperature, group=group, log_BV=log_s, prob_BV=prob_s)
-    top_t_B = log_softmax_into(teacher_BV, temperature=temperature, group=group, log_BV=log_t, prob_BV=prob_t)
-    agree_B = same_top(log_s, log_t, top_s_B, top_t_B, group, work)
-    negentropy_s_B, negentropy_t_B = dot(prob_s, log_s, work), dot(prob_t, log_t, work)
+    shift_s, (exp_s, shift_t, exp_t, work) = grad_BV, scratch
+    sum_s_B = exp_into(student_BV, temperature=temperature, group=group, shifted_BV=shift_s, exp_BV=exp_s)
+    sum_t_B = exp_into(teacher_BV, temperature=temperature, group=group, shifted_BV=shift_t, exp_BV=exp_t)
+    log_sum_s_B, log_sum_t_B = sum_s_B.log(), sum_t_B.log()
+    agree_B = same_top(shift_s, shift_t, group, work)
+    dots = [dot(exp_s, shift_s, work), dot(exp_t, shift_t, work)]
 
     if kind == "forward_kl":
-        value_B = dot(prob_t, log_t.sub_(log_s), work)
-        mean_B = None
+        dots += [dots[0], dot(exp_t, shift_t.sub_(shift_s), work)]
     elif kind == "reverse_kl":
-        value_B = dot(prob_s, log_s.sub_(log_t), work)  # log_s now holds log(s / t)
-        mean_B = value_B
+        dots += [dot(exp_s, shift_s.sub_(shift_t), work), dots[1]]
     else:
-        log_m = torch.mul(prob_t, beta, out=work).add_(prob_s, alpha=1 - beta)
+        log_m = torch.mul(exp_t, (beta / sum_t_B)[:, None], out=work).addcmul_(exp_s, ((1 - beta) / sum_s_B)[:, None])
         log_m.clamp_min_(torch.finfo(log_m.dtype).tiny).log_()  # below that s and t are 0, and so is their share
-        log_s.sub_(log_m)  # log(s / m)
-        log_t.sub_(log_m)  # log(t / m)
-        mean_B = dot(prob_s, log_s, work)
-        value_B = beta * dot(prob_t, log_t, work) + (1 - beta) * mean_B
-    sums = [value_B, negentropy_s_B, negentropy_t_B] + ([mean_B] if kind == "gkd" else [])
-    value_B, negentropy_s_B, negentropy_t_B, *rest = all_reduce_sum(torch.stack(sums), group).unbind()
-    value_B = infinite_if_huge(value_B)
+        shift_s.sub_(log_m)
+        shift_t.sub_(log_m)
+        dots += [dot(exp_s, shift_s, work), dot(exp_t, shift_t, work)]
+    negentropy_s_B, negentropy_t_B, under_s_B, under_t_B = all_reduce_sum(torch.stack(dots), group).unbind()
 
-    if need_grad and kind == "forward_kl":
-        scale_(torch.sub(prob_s, prob_t, out=grad_BV), 1 / temperature)
-    elif need_grad:
-        mean_B = rest[0] if kind == "gkd" else value_B
-        grad_BV.sub_(mean_B[:, None]).mul_(prob_s)
-        scale_(grad_BV, (1 - beta if kind == "gkd" else 1.0) / temperature)
+    under_s_B, under_t_B = under_s_B / sum_s_B, under_t_B / sum_t_B
+    if kind == "forward_kl":
+        value_B = infinite_if_huge(under_t_B - log_sum_t_B + log_sum_s_B)
+        if need_grad:
+            torch.mul(exp_s, (1 / (temperature * sum_s_B))[:, None], out=grad_BV)
+            grad_BV.addcmul_(exp_t, (1 / (temperature * sum_t_B))[:, None], value=-1)
+    else:
+        # shift_s, which is grad_BV, now holds log(s / t), or log(s / m), up to a constant of the row.
+        under_s_B = infinite_if_huge(under_s_B)
+        if kind == "reverse_kl":
+            value_B = under_s_B - log_sum_s_B + log_sum_t_B
+        else:
+            value_B = beta * (under_t_B - log_sum_t_B) + (1 - beta) * (under_s_B - log_sum_s_B)
+        if need_grad:
+            share = 1.0 if kind == "reverse_kl" else 1 - beta
+            grad_BV.sub_(under_s_B[:, None]).mul_(exp_s).mul_((share / (temperature * sum_s_B))[:, None])
     return RowSums(
         value_B=value_B,
-        student_entropy_B=-negentropy_s_B,
-        teacher_entropy_B=-negentropy_t_B,
+        student_entropy_B=log_sum_s_B - negentropy_s_B / sum_s_B,
+        teacher_entropy_B=log_sum_t_B - negentropy_t_B / sum_t_B,
         top1_agree_B=agree_B,
         tail_mass_B=torch.zeros_like(value_B),
     )
@@ -94,24 +100,14 @@ def dot(left_BV: torch.Tensor, right_BV: torch.Tensor, work_BV: torch.Tensor) ->
 
 
 def same_top(
-    log_s_BV: torch.Tensor,
-    log_t_BV: torch.Tensor,
-    top_s_B: torch.Tensor,
-    top_t_B: torch.Tensor,
-    group: dist.ProcessGroup | None,
-    work_BV: torch.Tensor,
+    shifted_s_BV: torch.Tensor, shifted_t_BV: torch.Tensor, group: dist.ProcessGroup | None, work_BV: torch.Tensor
 ) -> torch.Tensor:
-    """1.0 where one column holds both maxima. The sum of the logs reaches the sum of the maxima only there, which costs
-    a fifth of two argmax and needs no exchange of indices."""
-    best_B = all_reduce_max(torch.add(log_s_BV, log_t_BV, out=work_BV).amax(dim=-1), group)
-    return (best_B >= top_s_B + top_t_B).to(log_s_BV.dtype)
+    """1.0 where one column holds both maxima: both are shifted to 0, and only there does their sum reach 0. Costs a
+    fifth of two argmax and needs no exchange of indices."""
+    best_B = all_reduce_max(torch.add(shifted_s_BV, shifted_t_BV, out=work_BV).amax(dim=-1), group)
+    return (best_B >= 0).to(shifted_s_BV.dtype)
 
 
 def infinite_if_huge(value_B: torch.Tensor) -> torch.Tensor:
     """A divergence that is infinite (mass on an outcome of probability 0) is reported as such, not as 1e29 nats."""
     return torch.where(value_B > _INFINITE, torch.full_like(value_B, torch.inf), value_B)
-
-
-def scale_(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """In place; saves the pass over memory when there is nothing to scale."""
-    return tensor if factor == 1.0 else tensor.mul_(factor)

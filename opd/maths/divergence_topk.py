@@ -19,9 +19,9 @@ from opd.maths.divergence_full import RowSums, dot, infinite_if_huge, same_top
 from opd.maths.vocab_parallel import (
     LOG_ZERO,
     all_reduce_sum,
+    exp_into,
     gather_logprobs,
     locate,
-    log_softmax_into,
     top_ids,
     vocabulary_size,
 )
@@ -45,24 +45,24 @@ def topk_rows(
     need_grad: bool,
 ) -> RowSums:
     """Both distributions are known in full; ``support`` says whose ``top_k`` likeliest tokens are kept."""
-    log_s, (prob_s, log_t, prob_t, work) = grad_BV, scratch
-    top_s_B = log_softmax_into(student_BV, temperature=temperature, group=group, log_BV=log_s, prob_BV=prob_s)
-    top_t_B = log_softmax_into(teacher_BV, temperature=temperature, group=group, log_BV=log_t, prob_BV=prob_t)
-    agree_B = same_top(log_s, log_t, top_s_B, top_t_B, group, work)
-    negentropy_s_B, negentropy_t_B = dot(prob_s, log_s, work), dot(prob_t, log_t, work)
-    negentropy_s_B, negentropy_t_B = all_reduce_sum(torch.stack([negentropy_s_B, negentropy_t_B]), group).unbind()
+    shift_s, (exp_s, shift_t, exp_t, work) = grad_BV, scratch
+    sum_s_B = exp_into(student_BV, temperature=temperature, group=group, shifted_BV=shift_s, exp_BV=exp_s)
+    sum_t_B = exp_into(teacher_BV, temperature=temperature, group=group, shifted_BV=shift_t, exp_BV=exp_t)
+    agree_B = same_top(shift_s, shift_t, group, work)
+    dots = torch.stack([dot(exp_s, shift_s, work), dot(exp_t, shift_t, work)])
+    negentropy_s_B, negentropy_t_B = all_reduce_sum(dots, group).unbind()
 
-    ids_BK = keep_ids(log_s, log_t, top_k, support, group)
-    log_t_BK = gather_logprobs(log_t, ids_BK, group)
-    tail_t_B = all_reduce_sum(remove_kept_(prob_t, ids_BK, group).sum(dim=-1), group)
+    ids_BK = keep_ids(shift_s, shift_t, top_k, support, group)
+    log_t_BK = gather_logprobs(shift_t, sum_t_B, ids_BK, group)
+    tail_t_B = all_reduce_sum(remove_kept_(exp_t, ids_BK, group).sum(dim=-1), group) / sum_t_B
     value_B, tail_s_B = _buckets(
-        log_s, prob_s, ids_BK, log_t_BK, tail_t_B, kind=kind, beta=beta, temperature=temperature, group=group,
-        grad_BV=grad_BV if need_grad else None,
+        shift_s, exp_s, sum_s_B, ids_BK, log_t_BK, tail_t_B, kind=kind, beta=beta, temperature=temperature,
+        group=group, grad_BV=grad_BV if need_grad else None,
     )  # fmt: skip
     return RowSums(
         value_B=value_B,
-        student_entropy_B=-negentropy_s_B,
-        teacher_entropy_B=-negentropy_t_B,
+        student_entropy_B=sum_s_B.log() - negentropy_s_B / sum_s_B,
+        teacher_entropy_B=sum_t_B.log() - negentropy_t_B / sum_t_B,
         top1_agree_B=agree_B,
         tail_mass_B=tail_s_B,
     )
@@ -85,49 +85,50 @@ def sparse_rows(
 
     The teacher's entropy is that of the K + 1 buckets, and its favourite is the likeliest of the kept ids.
     """
-    log_s, (prob_s, work) = grad_BV, scratch
-    top_s_B = log_softmax_into(student_BV, temperature=temperature, group=group, log_BV=log_s, prob_BV=prob_s)
-    negentropy_s_B = all_reduce_sum(dot(prob_s, log_s, work), group)
-    log_t_BK = torch.where(ids_BK >= 0, teacher_logprobs_BK.to(log_s.dtype), LOG_ZERO).clamp_min_(LOG_ZERO)
+    shift_s, (exp_s, work) = grad_BV, scratch
+    sum_s_B = exp_into(student_BV, temperature=temperature, group=group, shifted_BV=shift_s, exp_BV=exp_s)
+    negentropy_s_B = all_reduce_sum(dot(exp_s, shift_s, work), group)
+    log_t_BK = torch.where(ids_BK >= 0, teacher_logprobs_BK.to(shift_s.dtype), LOG_ZERO).clamp_min_(LOG_ZERO)
     favourite_B1 = ids_BK.gather(1, log_t_BK.argmax(dim=-1, keepdim=True))
-    agree_B = (gather_logprobs(log_s, favourite_B1, group)[:, 0] >= top_s_B).to(log_s.dtype)
+    # The student's largest log-prob is exactly 0 - log sum.
+    agree_B = gather_logprobs(shift_s, sum_s_B, favourite_B1, group)[:, 0] >= -sum_s_B.log()
 
     # 1 - sum exp without cancellation where little is kept; near 1 the log-probs' own rounding (eps) is all it shows.
-    tail_t_B = (-torch.expm1(log_t_BK.logsumexp(dim=-1).clamp_max(0))).clamp_min(torch.finfo(log_s.dtype).eps)
-    all_kept_B = (ids_BK >= 0).sum(dim=-1) >= vocabulary_size(log_s.shape[1], group)
+    tail_t_B = (-torch.expm1(log_t_BK.logsumexp(dim=-1).clamp_max(0))).clamp_min(torch.finfo(shift_s.dtype).eps)
+    all_kept_B = (ids_BK >= 0).sum(dim=-1) >= vocabulary_size(shift_s.shape[1], group)
     tail_t_B = tail_t_B.masked_fill(all_kept_B, 0.0)
     value_B, tail_s_B = _buckets(
-        log_s, prob_s, ids_BK, log_t_BK, tail_t_B, kind=kind, beta=beta, temperature=temperature, group=group,
-        grad_BV=grad_BV if need_grad else None,
+        shift_s, exp_s, sum_s_B, ids_BK, log_t_BK, tail_t_B, kind=kind, beta=beta, temperature=temperature,
+        group=group, grad_BV=grad_BV if need_grad else None,
     )  # fmt: skip
     return RowSums(
         value_B=value_B,
-        student_entropy_B=-negentropy_s_B,
+        student_entropy_B=sum_s_B.log() - negentropy_s_B / sum_s_B,
         teacher_entropy_B=-(log_t_BK.exp() * log_t_BK).sum(-1) - tail_t_B * _log_mass(tail_t_B),
-        top1_agree_B=agree_B,
+        top1_agree_B=agree_B.to(shift_s.dtype),
         tail_mass_B=tail_s_B,
     )
 
 
 def keep_ids(
-    log_s_BV: torch.Tensor, log_t_BV: torch.Tensor, top_k: int, support: str, group: dist.ProcessGroup | None
+    scores_s_BV: torch.Tensor, scores_t_BV: torch.Tensor, top_k: int, support: str, group: dist.ProcessGroup | None
 ) -> torch.Tensor:
     """The kept ids, [B, top_k], or [B, 2 top_k] for the union with -1 in place of what both chose."""
     if support == "student":
-        return top_ids(log_s_BV, top_k, group)
-    teachers_BK = top_ids(log_t_BV, top_k, group)
+        return top_ids(scores_s_BV, top_k, group)
+    teachers_BK = top_ids(scores_t_BV, top_k, group)
     if support == "teacher":
         return teachers_BK
-    students_BK = top_ids(log_s_BV, top_k, group)
+    students_BK = top_ids(scores_s_BV, top_k, group)
     seen_BK = (students_BK[:, :, None] == teachers_BK[:, None, :]).any(dim=-1)
     return torch.cat([teachers_BK, students_BK.masked_fill(seen_BK, -1)], dim=1)
 
 
-def remove_kept_(prob_BV: torch.Tensor, ids_BK: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def remove_kept_(exp_BV: torch.Tensor, ids_BK: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Sets the kept columns to 0, so that what is left sums to the tail without ``1 - (almost 1)``."""
-    column_BK, here_BK = locate(ids_BK, prob_BV.shape[1], group)
+    column_BK, here_BK = locate(ids_BK, exp_BV.shape[1], group)
     # x - x is exactly 0; adding 0 for an unused place disturbs no other (an assignment there could).
-    return prob_BV.scatter_add_(1, column_BK, torch.where(here_BK, -prob_BV.gather(1, column_BK), 0.0))
+    return exp_BV.scatter_add_(1, column_BK, torch.where(here_BK, -exp_BV.gather(1, column_BK), 0.0))
 
 
 def bucket_divergence(
@@ -163,8 +164,9 @@ def bucket_divergence(
 
 
 def _buckets(
-    log_s_BV: torch.Tensor,
-    prob_s_BV: torch.Tensor,
+    shifted_s_BV: torch.Tensor,
+    exp_s_BV: torch.Tensor,
+    sum_s_B: torch.Tensor,
     ids_BK: torch.Tensor,
     log_t_BK: torch.Tensor,
     tail_t_B: torch.Tensor,
@@ -175,14 +177,14 @@ def _buckets(
     group: dist.ProcessGroup | None,
     grad_BV: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value, student's tail mass), [B] each; fills ``grad_BV``, which may be ``log_s_BV``, if given. Changes
-    ``prob_s_BV``."""
-    log_s_BK = gather_logprobs(log_s_BV, ids_BK, group)
-    tail_s_B = all_reduce_sum(remove_kept_(prob_s_BV, ids_BK, group).sum(dim=-1), group)
+    """(value, student's tail mass), [B] each; fills ``grad_BV``, which may be ``shifted_s_BV``, if given. Changes
+    ``exp_s_BV``."""
+    log_s_BK = gather_logprobs(shifted_s_BV, sum_s_B, ids_BK, group)
+    tail_s_B = all_reduce_sum(remove_kept_(exp_s_BV, ids_BK, group).sum(dim=-1), group) / sum_s_B
     value_B, kept_BK, tail_B = bucket_divergence(log_s_BK, log_t_BK, tail_s_B, tail_t_B, kind=kind, beta=beta)
     if grad_BV is not None:
-        column_BK, here_BK = locate(ids_BK, prob_s_BV.shape[1], group)
-        torch.mul(prob_s_BV, tail_B[:, None] / temperature, out=grad_BV)  # kept columns are 0 here
+        column_BK, here_BK = locate(ids_BK, exp_s_BV.shape[1], group)
+        torch.mul(exp_s_BV, (tail_B / (temperature * sum_s_B))[:, None], out=grad_BV)  # kept columns are 0 here
         grad_BV.scatter_add_(1, column_BK, torch.where(here_BK, kept_BK / temperature, 0.0))
     return value_B, tail_s_B
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from opd.maths.entropy import token_entropy
 from opd.maths.logprobs import token_logprobs
+from opd.maths.vocab_parallel import first_column
 
 # (logits of the chunk, which rows these are) -> per-token tensors [C]
 RowFn = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
@@ -42,8 +43,7 @@ class OutputHead:
         if logits_CV.dtype not in (torch.float32, torch.float64):
             logits_CV = logits_CV.float()
         columns = logits_CV.shape[1]
-        first = dist.get_rank(self.group) * columns if self.group is not None else 0
-        real = max(0, min(columns, self.vocab_size - first))
+        real = max(0, min(columns, self.vocab_size - first_column(columns, self.group)))
         if real < columns:
             logits_CV[:, real:] = torch.finfo(logits_CV.dtype).min
         return logits_CV

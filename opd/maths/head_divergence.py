@@ -50,7 +50,7 @@ def head_divergence(
     temperature: float = 1.0,
     top_k: int | None = None,
     support: str = "teacher",
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """``sum_r weights_r divergence_r`` over rows of hidden states; differentiable in them and in the head's weight.
 
@@ -59,8 +59,8 @@ def head_divergence(
             slice), or a pair (ids [R, K], log-probs [R, K]) as `sparse_divergence_and_grad` takes it, for which
             ``top_k`` and ``support`` play no part.
         weights_R: weight of each row in the loss; no gradient. A row of weight 0 adds nothing, even if infinite.
-        chunk: rows at a time. Live [chunk, V] tensors: the student's logits, which turn into their gradient in place,
-            and the teacher's.
+        chunk: rows at a time. Live [C, V] tensors: the student's logits of a chunk, which turn into their gradient in
+            place, and the teacher's of half a chunk. Under 256 rows a CPU's matmuls lose much of their speed.
 
     With ``head.group`` the gradient of ``hidden_RH`` is this rank's part only: its sum over the group is the caller's.
 
@@ -114,11 +114,11 @@ class _HeadDivergence(torch.autograd.Function):
         pieces = []
         for start in range(0, max(1, hidden_RH.shape[0]), chunk):
             rows = slice(start, start + chunk)
-            piece = _chunk(hidden_RH[rows], rows, head, teacher, options, need_hidden or need_weight)
-            pieces.append(_per_row(piece))
-            if piece.grad_CV is not None:
-                _accumulate(piece.grad_CV, hidden_RH[rows], weights_R[rows], weight_VH, rows, grad_RH, total)
-            del piece  # with the chunk's logits, before the next ones are made
+            per_row, grad_CV = _chunk(hidden_RH[rows], rows, head, teacher, options, need_hidden or need_weight)
+            pieces.append(per_row)
+            if grad_CV is not None:
+                _accumulate(grad_CV, hidden_RH[rows], weights_R[rows], weight_VH, rows, grad_RH, total)
+            del grad_CV  # it lies where the chunk's logits were: free it before the next ones are made
         value_R, *diagnostics = torch.cat(pieces, dim=1).unbind()
         loss = torch.where(weights_R == 0, 0.0, weights_R * value_R).sum()
         ctx.gradients = grad_RH, None if total is None else total.sum_VH
@@ -133,10 +133,12 @@ class _HeadDivergence(torch.autograd.Function):
             raise RuntimeError("a first backward pass used up the gradient of head_divergence: call it again")
         grad_RH, grad_VH = ctx.gradients
         ctx.gradients = None  # scaled in place: [V, H] is the largest tensor here, and a copy would double it
-        if grad_RH is not None:
-            grad_RH.mul_(grad_loss)
+        if grad_loss.is_cuda or grad_loss != 1:  # on CPU looking is free, and saves a pass over [V, H]
+            for gradient in (grad_RH, grad_VH):
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
         if grad_VH is not None:
-            grad_VH = grad_VH.mul_(grad_loss).to(ctx.weight_dtype)
+            grad_VH = grad_VH.to(ctx.weight_dtype)
         return grad_RH, grad_VH, None, None, None, None, None, None
 
 
@@ -147,15 +149,27 @@ def _chunk(
     teacher: TeacherLogits | SparseTeacher,
     options: dict[str, Any],
     need_grad: bool,
-) -> ChunkDivergence:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(what `_per_row` gives [5, C], gradient on the student's logits [C, V])."""
     logits_CV = head.logits(hidden_CH)
-    in_place = logits_CV if need_grad and logits_CV.dtype == wide_dtype(logits_CV) else None
-    shared = options | {"group": head.group, "need_grad": need_grad, "out": in_place}
-    if not callable(teacher):
-        ids_RK, logprobs_RK = teacher
-        return sparse_divergence_and_grad(logits_CV, ids_RK[rows], logprobs_RK[rows], **shared)
-    index_C = torch.arange(rows.start, rows.start + hidden_CH.shape[0], device=hidden_CH.device)
-    return divergence_and_grad(logits_CV, teacher(index_C), **shared)
+    # The gradient's two matmuls are best at many rows; the teacher's one suffers less from few, and saves memory so.
+    half = max(1, -(-hidden_CH.shape[0] // 2))
+    pieces = []
+    for start in range(0, max(1, hidden_CH.shape[0]), half):
+        student_CV = logits_CV[start : start + half]
+        in_place = student_CV if need_grad else None
+        shared = options | {"group": head.group, "need_grad": need_grad, "out": in_place}
+        here = slice(rows.start + start, rows.start + start + student_CV.shape[0])
+        if callable(teacher):
+            index_C = torch.arange(here.start, here.stop, device=hidden_CH.device)
+            piece = divergence_and_grad(student_CV, teacher(index_C), **shared)
+        else:
+            piece = sparse_divergence_and_grad(student_CV, teacher[0][here], teacher[1][here], **shared)
+        if need_grad and piece.grad_CV.data_ptr() != student_CV.data_ptr():
+            student_CV.copy_(piece.grad_CV)
+        pieces.append(_per_row(piece))
+        del piece
+    return torch.cat(pieces, dim=1), logits_CV if need_grad else None
 
 
 def _per_row(piece: ChunkDivergence) -> torch.Tensor:

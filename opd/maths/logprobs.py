@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opd.maths.vocab_parallel import all_reduce_max, all_reduce_sum, locate, wide_dtype
+
 _CHUNK = 1024  # rows upcast at a time: the extra memory is CHUNK x V/tp, not T x V
 
 
@@ -46,14 +48,11 @@ def predicting_rows(length: int, response_length: int) -> slice:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: torch.Tensor, ids_T: torch.Tensor, temperature: float, group: Any) -> torch.Tensor:
-        first = dist.get_rank(group) * logits_TV.shape[1] if group is not None else 0
-        local_T = ids_T - first
-        here_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
-        local_T = local_T.clamp(0, logits_TV.shape[1] - 1)
+        local_T, here_T = locate(ids_T, logits_TV.shape[1], group)
 
-        max_T = (logits_TV.amax(dim=-1) if logits_TV.numel() else logits_TV.sum(-1)).to(_wide(logits_TV.dtype))
+        max_T = (logits_TV.amax(dim=-1) if logits_TV.numel() else logits_TV.sum(-1)).to(wide_dtype(logits_TV))
         max_T = max_T / temperature
-        _reduce(max_T, dist.ReduceOp.MAX, group)
+        all_reduce_max(max_T, group)
         sumexp_T = torch.cat(
             [
                 ((rows.to(max_T.dtype) / temperature) - m[:, None]).exp_().sum(-1)
@@ -62,8 +61,8 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         target_T = logits_TV.gather(1, local_T[:, None])[:, 0].to(max_T.dtype) / temperature
         target_T = torch.where(here_T, target_T, torch.zeros_like(target_T))
-        _reduce(sumexp_T, dist.ReduceOp.SUM, group)
-        _reduce(target_T, dist.ReduceOp.SUM, group)
+        all_reduce_sum(sumexp_T, group)
+        all_reduce_sum(target_T, group)
 
         logsumexp_T = max_T + sumexp_T.log()
         ctx.save_for_backward(logits_TV, local_T, here_T, logsumexp_T)
@@ -80,12 +79,3 @@ class _TokenLogprobs(torch.autograd.Function):
             chunk.scatter_add_(1, local_T[rows, None], here_T[rows, None].to(chunk.dtype))
             grad_TV[rows] = (chunk * (grad_T[rows, None] / ctx.temperature)).to(grad_TV.dtype)
         return grad_TV, None, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _reduce(tensor: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.all_reduce(tensor, op=op, group=group)

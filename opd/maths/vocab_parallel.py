@@ -42,6 +42,29 @@ def all_reduce_max(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     return tensor
 
 
+def exp_into(
+    logits_BV: torch.Tensor,
+    *,
+    temperature: float,
+    group: dist.ProcessGroup | None,
+    shifted_BV: torch.Tensor,
+    exp_BV: torch.Tensor,
+) -> torch.Tensor:
+    """Writes ``logits / temperature`` less the row's maximum (at least ``LOG_ZERO``), and its exponential.
+
+    A softmax that was not divided through: ``log p = shifted - log sum``, ``p = exp / sum``. Normalising the matrices
+    would be two more passes over each; whoever sums over a row can divide the sum instead. ``shifted_BV`` may be
+    ``logits_BV`` itself. Columns of -inf or finfo.min get probability 0.
+
+    Returns:
+        the sum of the exponentials of each row, [B].
+    """
+    scaled_BV = logits_BV if temperature == 1.0 else shifted_BV.copy_(logits_BV).div_(temperature)  # widened first
+    max_B = all_reduce_max(scaled_BV.amax(dim=-1).to(shifted_BV.dtype), group)
+    torch.sub(scaled_BV, max_B[:, None], out=shifted_BV).clamp_min_(LOG_ZERO)
+    return all_reduce_sum(torch.exp(shifted_BV, out=exp_BV).sum(dim=-1), group)
+
+
 def log_softmax_into(
     logits_BV: torch.Tensor,
     *,
@@ -50,18 +73,12 @@ def log_softmax_into(
     log_BV: torch.Tensor,
     prob_BV: torch.Tensor,
 ) -> torch.Tensor:
-    """Writes ``log softmax(logits / temperature)`` (at least ``LOG_ZERO``) and its exponential; one exp per element.
-
-    ``log_BV`` may be ``logits_BV`` itself. Columns of -inf or finfo.min get probability 0.
+    """Writes ``log softmax(logits / temperature)`` and its exponential, as `exp_into` but normalised.
 
     Returns:
         the largest log-prob of each row, [B].
     """
-    scaled_BV = logits_BV if temperature == 1.0 else log_BV.copy_(logits_BV).div_(temperature)  # widened first
-    max_B = scaled_BV.amax(dim=-1).to(log_BV.dtype)
-    all_reduce_max(max_B, group)
-    torch.sub(scaled_BV, max_B[:, None], out=log_BV).clamp_min_(LOG_ZERO)
-    sumexp_B = all_reduce_sum(torch.exp(log_BV, out=prob_BV).sum(dim=-1), group)
+    sumexp_B = exp_into(logits_BV, temperature=temperature, group=group, shifted_BV=log_BV, exp_BV=prob_BV)
     log_sumexp_B = sumexp_B.log()
     log_BV.sub_(log_sumexp_B[:, None])
     prob_BV.mul_(sumexp_B.reciprocal()[:, None])
@@ -75,11 +92,13 @@ def locate(ids_BK: torch.Tensor, columns: int, group: dist.ProcessGroup | None) 
     return column_BK.clamp(0, columns - 1), here_BK
 
 
-def gather_logprobs(log_BV: torch.Tensor, ids_BK: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Log-probs at ``ids_BK``, equal on all ranks; ``LOG_ZERO`` where the id is -1."""
-    column_BK, here_BK = locate(ids_BK, log_BV.shape[1], group)
-    found_BK = torch.where(here_BK, log_BV.gather(1, column_BK), log_BV.new_zeros(()))
-    return all_reduce_sum(found_BK, group).masked_fill_(ids_BK < 0, LOG_ZERO)
+def gather_logprobs(
+    shifted_BV: torch.Tensor, sumexp_B: torch.Tensor, ids_BK: torch.Tensor, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Log-probs at ``ids_BK``, equal on all ranks, from what `exp_into` gives; ``LOG_ZERO`` where the id is -1."""
+    column_BK, here_BK = locate(ids_BK, shifted_BV.shape[1], group)
+    found_BK = all_reduce_sum(torch.where(here_BK, shifted_BV.gather(1, column_BK), 0.0), group)
+    return (found_BK - sumexp_B.log()[:, None]).masked_fill_(ids_BK < 0, LOG_ZERO)
 
 
 def top_ids(scores_BV: torch.Tensor, k: int, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -166,8 +166,8 @@ class DistillationTerm:
 
     def __call__(self, micro: MicroBatch, weights_R: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         mask_R = micro.rows(micro.batch.scored_mask_T)
-        if self._teachers is None:  # a server's top-k log-probs
-            teacher = (micro.rows(micro.batch.teacher_top_ids_TK), micro.rows(micro.batch.teacher_top_logprobs_TK))
+        if self._teachers is None:
+            teacher = _served(micro)
         else:
             teacher = self._teachers.logits_of(micro, temperature=self._settings["temperature"])
         lengths_N = torch.tensor(micro.batch.response_lengths)
@@ -184,6 +184,15 @@ class DistillationTerm:
         }
         sums = {name: (values_R * mask_R).sum() for name, values_R in named.items()}
         return loss, {"distillation_loss": loss.detach(), **sums}
+
+
+def _served(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A server's ids and log-probs [R, K]; without a single scored sample, of no token."""
+    batch = micro.batch
+    if batch.teacher_top_ids_TK is None:
+        nothing_TK = torch.full((sum(batch.response_lengths), 1), -1)
+        return micro.rows(nothing_TK), micro.rows(torch.zeros_like(nothing_TK, dtype=torch.float32))
+    return micro.rows(batch.teacher_top_ids_TK), micro.rows(batch.teacher_top_logprobs_TK)
 
 
 class AnswerTerm:

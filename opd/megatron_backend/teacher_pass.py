@@ -48,14 +48,15 @@ class TeacherPass:
         self._chunk = config.parallel.logits_chunk_tokens
         # teacher -> position of a sample in the rollout -> [its response tokens, hidden]
         self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in specs]
+        self._heads: list[OutputHead] | None = None  # on the device from their first use to the end of the update
 
     def score(self, batch: TokenBatch) -> TokenBatch:
         """Fills ``teacher_logprobs_T``, ``teacher_entropy_T`` and ``teacher_scored_N``; no gradients."""
+        self.forget()
         lengths = batch.response_lengths
         logprobs, entropies = torch.zeros(sum(lengths)), torch.zeros(sum(lengths))
         for number, teacher in enumerate(self._teachers):
             mine = [i for i, k in enumerate(batch.teacher_N.tolist()) if self._mixing or k == number]
-            self._hidden[number] = {}
             if not self._any_rank_has(mine):
                 continue
             # A data-parallel rank without samples of this teacher goes along with one that it drops.
@@ -91,14 +92,17 @@ class TeacherPass:
         return self._logits(micro.batch, micro.packed.place_R, temperature)
 
     def forget(self) -> None:
-        """Drops the hidden states; the update that used them is done."""
+        """Drops hidden states and heads; the update that used them is done."""
         self._hidden = [{} for _ in self._specs]
+        self._heads = None
 
     def _logits(
         self, batch: TokenBatch, place_R: torch.Tensor, temperature: float
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         device = place_R.device
-        heads = [teacher.head() for teacher in self._teachers]
+        if self._heads is None:
+            self._heads = [teacher.head() for teacher in self._teachers]
+        heads = self._heads
         samples = batch.sample_N.tolist()
         lengths_N = torch.tensor(batch.response_lengths)
         routed_R = batch.teacher_N.repeat_interleave(lengths_N).to(device)[place_R]
@@ -177,6 +181,7 @@ def _mix_probs(parts: Parts, temperature: float, group: dist.ProcessGroup | None
     """``temperature * log sum_k w_k softmax(z_k / temperature)``."""
     total = None
     for weight, logits_CV in parts:
-        logprobs_CV = log_softmax(logits_CV, temperature=temperature, group=group).add_(math.log(weight))
+        logprobs_CV, _ = log_softmax(logits_CV, temperature=temperature, group=group)
+        logprobs_CV.add_(math.log(weight))
         total = logprobs_CV if total is None else torch.logaddexp(total, logprobs_CV)
     return total.mul_(temperature).clamp_(min=torch.finfo(total.dtype).min)

@@ -51,8 +51,8 @@ PANELS = {
     "Controls without a teacher": {
         "null": "null teacher",
         "null_wide": "null teacher, p < 0.9",
+        "grpo": "GRPO, reward only",  # third, as above: the same colour
         "null_hybrid": "null teacher + reward",
-        "grpo": "GRPO, reward only",
     },
 }
 LONGER = {"grpo_long": "GRPO, 120 steps"}  # in the table alone
@@ -187,9 +187,13 @@ def draw_accuracy(runs: Sequence[Run], path: Path) -> None:
 
 def draw_reverse_kl(runs: Sequence[Run], path: Path) -> None:
     """The same for the reverse KL, averaged over ``WINDOW`` steps, on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
     def finish(ax: Axes) -> None:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylabel("KL(student || teacher), nats/token")
 
     _draw(runs, path, lambda run: smoothed(run.reverse_kl), finish, marks=False)
