@@ -148,11 +148,13 @@ def sparse_divergence_and_grad(
     check_options(kind=kind, beta=beta, temperature=temperature, top_k=None, support="teacher")
     _check_sparse(student_logits_CV, ids_CK, teacher_logprobs_CK, group)
     kind = plain_kind(kind, beta)
-    student_CV = student_logits_CV.detach()
+    student_CV, teacher_CK = student_logits_CV.detach(), teacher_logprobs_CK.detach()
+    if not ids_CK.shape[1]:  # no row was scored: one unused place each, all mass in the tail, divergence 0
+        ids_CK, teacher_CK = (torch.nn.functional.pad(x, (0, 1), value=-1) for x in (ids_CK, teacher_CK))
 
     def block(rows: slice, grad_BV: torch.Tensor, scratch: list[torch.Tensor]) -> RowSums:
         return divergence_topk.sparse_rows(
-            student_CV[rows], ids_CK[rows], teacher_logprobs_CK.detach()[rows], kind=kind, beta=beta,
+            student_CV[rows], ids_CK[rows], teacher_CK[rows], kind=kind, beta=beta,
             temperature=temperature, group=group, grad_BV=grad_BV, scratch=scratch, need_grad=need_grad,
         )  # fmt: skip
 

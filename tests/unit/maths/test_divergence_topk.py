@@ -127,6 +127,17 @@ def test_equal_to_trl_s_top_k_with_tail(beta, support):
     assert got.tolist() == pytest.approx(TRL_TOP_2[beta, support], abs=1e-9)
 
 
+@kinds
+@pytest.mark.parametrize("places", [0, 2])
+def test_a_row_without_a_score_pulls_nowhere(kind, beta, places):
+    student, _ = logits()
+    ids = torch.full((30, places), -1)
+    got = sparse_divergence_and_grad(student, ids, torch.zeros(30, places), kind=kind, beta=beta)
+    torch.testing.assert_close(got.value_C, torch.zeros(30, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(got.grad_CV, torch.zeros(30, V, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert not got.top1_agree_C.any()
+
+
 @pytest.mark.parametrize(
     "ids, logprobs, message",
     [
