@@ -48,3 +48,24 @@ def test_on_an_sglang_server(tmp_path, student_as_teacher, temperature):
     assert abs(row["opd_reverse_kl"]) < 1e-5
     assert row["unscored_share"] == 0 and row["teacher_failures"] == 0
     assert 0 < row["reward_mean"] < 1  # the task reward is there beside the teacher
+
+
+@pytest.mark.parametrize("support", ["teacher", "union"])
+def test_likely_tokens_of_an_sglang_server(tmp_path, student_as_teacher, support):
+    """The divergence from what the server says of its likely tokens, and of the student's, is zero too."""
+    flags = tiny_flags(
+        tmp_path / "run",
+        opd_type="sglang",
+        opd_teacher_load=None,
+        rm_url=f"{student_as_teacher.url}/generate",
+        distillation_type="gkd",
+        distillation_top_k=6,
+        distillation_support=support,
+        lambda_rl=0.5,
+        num_rollout=1,
+    )
+    run(flags, log=tmp_path / "log")
+    (row,) = rows(tmp_path / "run")
+    assert abs(row["distillation_divergence"]) < 1e-6
+    assert row["top1_agreement"] > 0.999 and 0 < row["tail_mass"] < 0.05
+    assert row["unscored_share"] == 0 and row["teacher_failures"] == 0
