@@ -57,6 +57,10 @@ def _kl_sums(batch: TokenBatch, mask_T: torch.Tensor, config: Config) -> dict[st
     columns = {"opd_reverse_kl": log_ratio_T}
     columns["opd_kl_k2"] = log_ratio_T.square() / 2
     columns["opd_kl_k3"] = (-log_ratio_T).exp() - 1 + log_ratio_T
+    specs = teachers(config)
+    if batch.mixed_logprobs_TK is not None:
+        for spec, logprobs_T in zip(specs, batch.mixed_logprobs_TK.unbind(1), strict=True):
+            columns[f"teacher/{spec.name}/reverse_kl"] = batch.student_kl_logprobs_T.double() - logprobs_T
     if batch.teacher_entropy_T is not None:
         columns["teacher_entropy"] = batch.teacher_entropy_T
     if config.opd.opd_kl_clip is not None:
@@ -66,7 +70,6 @@ def _kl_sums(batch: TokenBatch, mask_T: torch.Tensor, config: Config) -> dict[st
 
     bucket_T = _buckets(batch)
     parts = {f"opd_reverse_kl_part_{k + 1}": bucket_T == k for k in range(POSITION_BUCKETS)}
-    specs = teachers(config)
     if len(specs) > 1 and config.opd.opd_teacher_combine == "route":
         teacher_T = batch.teacher_N.repeat_interleave(torch.tensor(batch.response_lengths))
         parts |= {f"teacher/{spec.name}/reverse_kl": teacher_T == k for k, spec in enumerate(specs)}

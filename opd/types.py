@@ -1,7 +1,7 @@
 """The data that flows through one step: Sample -> TokenBatch -> metrics.
 
 Shape legend: N samples, T response tokens of all samples concatenated, L tokens of one sample (prompt + response), K
-likely tokens at one position.
+likely tokens at one position, or teachers.
 
 Alignment rule: every ``*_T`` tensor covers **response tokens only** and is indexed by the token being predicted.
 Sample ``i`` owns ``response_lengths[i]`` consecutive entries, in sample order. The shift by one between a model's
@@ -123,6 +123,7 @@ class TokenBatch:
     student_kl_logprobs_T: torch.Tensor | None = None  # at the temperature at which the KL is measured
     student_entropy_T: torch.Tensor | None = None  # nats, at the rollout temperature
     teacher_entropy_T: torch.Tensor | None = None  # nats, at the KL's temperature; of a co-loaded teacher
+    mixed_logprobs_TK: torch.Tensor | None = None  # K teachers that are mixed: each one's own log-prob
     ref_logprobs_T: torch.Tensor | None = None  # reference model, at the rollout temperature
     values_T: torch.Tensor | None = None  # critic, before its update
     returns_T: torch.Tensor | None = None  # what the critic learns to predict

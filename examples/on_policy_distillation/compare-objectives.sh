@@ -19,7 +19,7 @@ PRIVILEGED_TEACHER=$ROOT/privileged-teacher
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 
 NAMES="opd grpo hybrid reverse_kl forward_kl jsd top_k null null_hybrid hybrid_kl routed mixed privileged null_wide \
-self_ema self_live"
+self_ema self_live null_faint"
 
 # The task reward measures every run; it acts only where the comment says so.
 FUNCTIONS=examples.on_policy_distillation.tiny_task
@@ -59,6 +59,8 @@ flags_of() {  # sets FLAGS to those of objective $1
          --custom-advantage-function-path "$FUNCTIONS.null_teacher.alone_wide") ;;
       null_hybrid) FLAGS=("${COLOADED[@]}" --opd-kl-coef 0.0
          --custom-advantage-function-path "$FUNCTIONS.null_teacher.beside_the_reward") ;;  # and task reward
+      null_faint) FLAGS=("${COLOADED[@]}" --opd-kl-coef 0.0
+         --custom-advantage-function-path "$FUNCTIONS.null_teacher.faint_beside_the_reward") ;;  # and task reward
       # Longer, for the steps that the task reward alone needs.
       grpo_long) FLAGS=("${COLOADED[@]}" --opd-kl-coef 0.0 --num-rollout 120) ;;
       *) echo "no objective '$1'; choose one of $NAMES grpo_long" >&2; exit 2 ;;

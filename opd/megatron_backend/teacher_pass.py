@@ -51,10 +51,12 @@ class TeacherPass:
         self._heads: list[OutputHead] | None = None  # on the device from their first use to the end of the update
 
     def score(self, batch: TokenBatch) -> TokenBatch:
-        """Fills ``teacher_logprobs_T``, ``teacher_entropy_T`` and ``teacher_scored_N``; no gradients."""
+        """Fills ``teacher_logprobs_T``, ``teacher_entropy_T``, ``teacher_scored_N``, and ``mixed_logprobs_TK`` where
+        teachers are mixed; no gradients."""
         self.forget()
         lengths = batch.response_lengths
         logprobs, entropies = torch.zeros(sum(lengths)), torch.zeros(sum(lengths))
+        each: list[torch.Tensor] = []
         for number, teacher in enumerate(self._teachers):
             mine = [i for i, k in enumerate(batch.teacher_N.tolist()) if self._mixing or k == number]
             if not self._any_rank_has(mine):
@@ -75,6 +77,7 @@ class TeacherPass:
             offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
             index_T = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in mine])
             logprobs[index_T], entropies[index_T] = scores.logprobs[0], scores.entropy_T
+            each.append(scores.logprobs[0])
             if scores.hidden_TH is not None:
                 pieces = scores.hidden_TH.split(part.response_lengths)
                 self._hidden[number] = dict(zip(part.sample_N.tolist(), pieces, strict=True))
@@ -84,6 +87,7 @@ class TeacherPass:
             teacher_logprobs_T=logprobs,
             teacher_entropy_T=entropies,
             teacher_scored_N=torch.ones(len(batch), dtype=torch.bool),
+            mixed_logprobs_TK=torch.stack(each, dim=1) if self._mixing else None,
         )
 
     def logits_of(self, micro: MicroBatch, *, temperature: float) -> Callable[[torch.Tensor], torch.Tensor]:

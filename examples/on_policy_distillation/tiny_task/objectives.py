@@ -53,6 +53,7 @@ PANELS = {
         "null_wide": "null teacher, p < 0.9",
         "grpo": "GRPO, reward only",  # third, as above: the same colour
         "null_hybrid": "null teacher + reward",
+        "null_faint": "0.1 null teacher + reward",
     },
 }
 LONGER = {"grpo_long": "GRPO, 120 steps"}  # in the table alone

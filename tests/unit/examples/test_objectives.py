@@ -60,13 +60,14 @@ def batch():
         ("alone", [0.0, 0.0, -4.0, -4.0]),
         ("alone_wide", [0.0, -4.0, -4.0, -4.0]),
         ("beside_the_reward", [1.0, 1.0, -3.0, -3.0]),
+        ("faint_beside_the_reward", [1.0, 1.0, 0.6, 0.6]),
     ],
 )
 def test_the_null_teacher_knows_only_the_students_own_probability(batch, name, advantages):
     function = load_function(f"{MODULES}.null_teacher.{name}", flag="--custom-advantage-function-path")
-    assert function(argparse.Namespace(), batch).tolist() == advantages
+    assert function(argparse.Namespace(), batch).tolist() == pytest.approx(advantages)
     scored = batch.with_(teacher_logprobs_T=torch.full((4,), -9.0))
-    assert function(argparse.Namespace(), scored).tolist() == advantages
+    assert function(argparse.Namespace(), scored).tolist() == pytest.approx(advantages)
 
 
 def test_the_reward_is_reported_and_trains_nothing():
