@@ -63,6 +63,7 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
             f"{flag_text('ref_load', checkpoint.ref_load)} holds no {LATEST}, so it is no torch_dist checkpoint. "
             "Make one with tools/convert_hf_to_torch_dist.py, or leave the flag out to start from --hf-checkpoint."
         )
+    yield from _critic_folder_rules(config)
     if missing_student_weights(config) and not config.output.dry_run:
         yield (
             f"{flag_text('hf_checkpoint', checkpoint.hf_checkpoint)} holds no weights (*.safetensors), "
@@ -73,6 +74,25 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
         for teacher in teachers(config):
             if teacher.location is not None:
                 yield from _teacher_folder_rules(config, teacher, Path(teacher.location))
+
+
+def _critic_folder_rules(config: Config) -> Iterator[str]:
+    load = config.critic.critic_load
+    if load is None or has_hf_weights(Path(load)) or (Path(load) / LATEST).is_file():
+        return
+    if Path(load) == critic_folder(config):  # as with --load: the first checkpoint will go there
+        return
+    yield (
+        f"{flag_text('critic_load', load)} holds neither a checkpoint ({LATEST}) nor Hugging Face weights "
+        "(*.safetensors). Check the path, or leave it out to start from the student's weights."
+    )
+
+
+def critic_folder(config: Config) -> Path | None:
+    """Where the critic's checkpoints go; None where nothing is saved."""
+    if config.critic.critic_save is not None:
+        return Path(config.critic.critic_save)
+    return None if config.checkpoint.save is None else Path(config.checkpoint.save) / "critic"
 
 
 def missing_student_weights(config: Config) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import sys
 import types
 import typing
@@ -56,13 +57,20 @@ def _config_file_values(paths: list[str]) -> dict[str, Any]:
     return read_config_file(paths[0])
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """States a default where it says something: not for a switch, nor where the help says what happens without it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
         usage="python train.py [--config FILE] FLAGS",
         description="On-policy distillation: a student writes, a teacher scores every token, the student learns.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument(
         "--config",
@@ -73,7 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for section_field in fields(Config):
         section_type = type(getattr(Config(), section_field.name))
-        group = parser.add_argument_group(section_field.name.replace("_", "-"))
+        about = inspect.getdoc(section_type) or ""
+        if about.startswith(f"{section_type.__name__}("):  # a dataclass without a docstring gets its signature as one
+            about = ""
+        group = parser.add_argument_group(section_field.name.replace("_", "-"), about or None)
         hints = typing.get_type_hints(section_type)
         for f in fields(section_type):
             name = "--" + f.name.replace("_", "-")

@@ -84,9 +84,9 @@ def estimate(config: Config, student: ModelFacts, teachers: list[ModelFacts]) ->
         note = f"{count:,} numbers, {kind}; on the device only while it scores"
         items.append(MemoryItem(name="reference weights", bytes=count * element, note=note, resident=False))
     if config.uses_critic:
-        shared = next(item for item in items if item.name == "optimizer states")
+        states = _optimizer_states(config, count).bytes
         note = "weights, gradients and optimizer states of a second model of the student's size"
-        items.append(MemoryItem(name="critic", bytes=count * (element + FP32) + shared.bytes, note=note))
+        items.append(MemoryItem(name="critic", bytes=count * (element + FP32) + states, note=note))
     if config.rollout.rollout_engine != "sglang":
         items += _torch_engine(config, student, element)
     if config.rollout.rollout_engine == "speculative_kd" and teachers:

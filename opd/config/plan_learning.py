@@ -83,7 +83,7 @@ def _answers(config: Config) -> str:
     flags = config.off_policy
     parts = [f"{flags.sft_data}:"]
     if flags.sft_steps:
-        parts.append(f"all of the first {flags.sft_steps} steps")
+        parts.append("all of the first " + ("step" if flags.sft_steps == 1 else f"{flags.sft_steps} steps"))
     if flags.opd_off_policy_fraction:
         parts.append(f"{'then ' if flags.sft_steps else ''}{flags.opd_off_policy_fraction:.0%} of each batch")
     return " ".join(parts)

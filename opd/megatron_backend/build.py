@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 
+from opd.config.file_rules import has_hf_weights
 from opd.config.model_rules import teacher_facts
 from opd.config.schema import Config
 from opd.config.teachers import teachers
@@ -67,10 +68,11 @@ def build_critic(config: Config, *, resumed_step: int | None) -> MegatronCritic:
     flags, sizes = config.critic, parallel_sizes(config)
     own = flags.critic_load if _has_checkpoint(flags.critic_load) else None
     if own is None and resumed_step is not None:
-        own = str(Path(config.checkpoint.load) / "critic")
+        own = flags.critic_save or str(Path(config.checkpoint.load) / "critic")
     model = _build(config, sizes, config.checkpoint.hf_checkpoint)
     if own is None:
-        _load_weights(model, flags.critic_load or _initial_weights(config))
+        given = flags.critic_load
+        _load_weights(model, given if given and has_hf_weights(Path(given)) else _initial_weights(config))
     give_value_head(model)
     optimizer = dataclasses.replace(
         config.optimizer, lr=flags.critic_lr or config.optimizer.lr, lr_warmup_iters=flags.critic_lr_warmup_iters
@@ -195,7 +197,7 @@ def _initial_weights(config: Config) -> str:
 
 def _load_weights(model: BridgedModel, folder: str, step: int | None = None) -> None:
     """Weights from a torch_dist or a Hugging Face folder."""
-    if any(Path(folder).glob("*.safetensors")):
+    if has_hf_weights(Path(folder)):
         load_hf_weights(model, folder)
     else:
         checkpoint.load(folder, model=model, step=step)

@@ -5,10 +5,9 @@ It has the student's body and layout, its own optimizer, its own checkpoints.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from opd.config.file_rules import critic_folder
 from opd.config.schema import Config
 from opd.maths.value_loss import value_loss
 from opd.megatron_backend import checkpoint
@@ -86,11 +85,6 @@ class MegatronCritic:
             optimizer=self._trainable.optimizer,
             scheduler=self._trainable.scheduler,
         )
-
-
-def critic_folder(config: Config) -> Path:
-    """Where the critic's checkpoints go."""
-    return Path(config.critic.critic_save or Path(config.checkpoint.save) / "critic")
 
 
 class _ValueTerm:
