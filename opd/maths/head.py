@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from opd.maths.entropy import token_entropy
 from opd.maths.logprobs import token_logprobs
-from opd.maths.vocab_parallel import first_column
+from opd.maths.vocab_parallel import first_column, wide_dtype
 
 # (logits of the chunk, which rows these are) -> per-token tensors [C]
 RowFn = Callable[[torch.Tensor, slice], tuple[torch.Tensor, ...]]
@@ -78,6 +78,21 @@ def through_head(hidden_RH: torch.Tensor, head: OutputHead, fn: RowFn, *, chunk:
     return _ThroughHead.apply(hidden_RH, head.weight_VH, head, fn, chunk)
 
 
+class WeightGradient:
+    """Sum over chunks of ``grad_CV.T @ hidden_CH``, in float32 or the weight's wider type: with a bfloat16 sum the
+    later chunks of a long batch would be rounded away."""
+
+    def __init__(self, weight_VH: torch.Tensor) -> None:
+        dtype = wide_dtype(weight_VH)
+        self.sum_VH = torch.zeros(weight_VH.shape, dtype=dtype, device=weight_VH.device)
+
+    def add(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+        if grad_CV.dtype == self.sum_VH.dtype:
+            self.sum_VH.addmm_(grad_CV.t(), hidden_CH)
+        else:
+            self.sum_VH.add_(grad_CV.t() @ hidden_CH)
+
+
 class _ThroughHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,7 +107,7 @@ class _ThroughHead(torch.autograd.Function):
     def backward(ctx: Any, *grads_R: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_RH, weight_VH = ctx.saved_tensors
         grad_hidden_RH = torch.empty_like(hidden_RH) if ctx.needs_input_grad[0] else None
-        grad_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        total = WeightGradient(weight_VH) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden_RH, ctx.chunk):
             hidden_CH = hidden_RH[rows].to(weight_VH.dtype)
             logits_CV = ctx.head.logits(hidden_CH).requires_grad_()
@@ -102,9 +117,9 @@ class _ThroughHead(torch.autograd.Function):
             grad_CV = grad_CV.to(weight_VH.dtype)
             if grad_hidden_RH is not None:
                 grad_hidden_RH[rows] = (grad_CV @ weight_VH).to(hidden_RH.dtype)
-            if grad_weight_VH is not None:
-                grad_weight_VH.addmm_(grad_CV.t(), hidden_CH)
-        return grad_hidden_RH, grad_weight_VH, None, None, None
+            if total is not None:
+                total.add(grad_CV, hidden_CH)
+        return grad_hidden_RH, None if total is None else total.sum_VH.to(weight_VH.dtype), None, None, None
 
 
 def _chunks(hidden_RH: torch.Tensor, chunk: int) -> list[slice]:

@@ -10,10 +10,9 @@ Shapes: R rows (response tokens), C rows of a chunk, H hidden size, V the vocabu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from opd.maths.divergence import (
     ChunkDivergence,
@@ -21,7 +20,7 @@ from opd.maths.divergence import (
     divergence_and_grad,
     sparse_divergence_and_grad,
 )
-from opd.maths.vocab_parallel import wide_dtype
+from opd.maths.head import OutputHead, WeightGradient
 
 DIAGNOSTICS = ("student_entropy", "teacher_entropy", "top1_agree", "tail_mass")
 
@@ -29,19 +28,9 @@ TeacherLogits = Callable[[torch.Tensor], torch.Tensor]
 SparseTeacher = tuple[torch.Tensor, torch.Tensor]
 
 
-class Head(Protocol):
-    """What is needed of the student's output head."""
-
-    weight_VH: torch.Tensor  # this rank's rows of the vocabulary
-    group: dist.ProcessGroup | None
-
-    def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
-        """``hidden @ weight.T`` in a new tensor, at least float32; columns of padding at finfo.min."""
-
-
 def head_divergence(
     hidden_RH: torch.Tensor,
-    head: Head,
+    head: OutputHead,
     teacher_logits: TeacherLogits | SparseTeacher,
     weights_R: torch.Tensor,
     *,
@@ -100,7 +89,7 @@ class _HeadDivergence(torch.autograd.Function):
         ctx: Any,
         hidden_RH: torch.Tensor,
         weight_VH: torch.Tensor,
-        head: Head,
+        head: OutputHead,
         teacher: TeacherLogits | SparseTeacher,
         weights_R: torch.Tensor,
         options: dict[str, Any],
@@ -109,7 +98,7 @@ class _HeadDivergence(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_RH = torch.zeros_like(hidden_RH) if need_hidden else None
-        total = _WeightGradient(weight_VH) if need_weight else None
+        total = WeightGradient(weight_VH) if need_weight else None
         # A rank may have no row to predict; one empty chunk gives its results their types.
         pieces = []
         for start in range(0, max(1, hidden_RH.shape[0]), chunk):
@@ -145,7 +134,7 @@ class _HeadDivergence(torch.autograd.Function):
 def _chunk(
     hidden_CH: torch.Tensor,
     rows: slice,
-    head: Head,
+    head: OutputHead,
     teacher: TeacherLogits | SparseTeacher,
     options: dict[str, Any],
     need_grad: bool,
@@ -184,7 +173,7 @@ def _accumulate(
     weight_VH: torch.Tensor,
     rows: slice,
     grad_RH: torch.Tensor | None,
-    total: _WeightGradient | None,
+    total: WeightGradient | None,
 ) -> None:
     """Adds a chunk to the gradients of the hidden states and of the weight."""
     if bool((weights_C == 0).any()):
@@ -196,18 +185,3 @@ def _accumulate(
         grad_RH[rows] = (grad_CV @ weight_VH) * weights_C1
     if total is not None:
         total.add(grad_CV, (hidden_CH * weights_C1).to(weight_VH.dtype))
-
-
-class _WeightGradient:
-    """Sum over chunks of ``grad_CV.T @ hidden_CH``, in float32 or the weight's wider type: with a bfloat16 sum the
-    later chunks of a long batch would be rounded away."""
-
-    def __init__(self, weight_VH: torch.Tensor) -> None:
-        dtype = wide_dtype(weight_VH)
-        self.sum_VH = torch.zeros(weight_VH.shape, dtype=dtype, device=weight_VH.device)
-
-    def add(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
-        if grad_CV.dtype == self.sum_VH.dtype:
-            self.sum_VH.addmm_(grad_CV.t(), hidden_CH)
-        else:
-            self.sum_VH.add_(grad_CV.t() @ hidden_CH)

@@ -68,11 +68,12 @@ def _accuracy(ax: Axes, rows: Sequence[Row]) -> bool:
     labels = accuracy_labels(rows)
     for i, label in enumerate(labels):
         points = [(step, 100 * value) for step, value in accuracy_series(rows, label)]
-        ax.plot(*zip(*points, strict=True), color=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], label=label)
-        for point, offset in ((points[0], (10, -14)), (points[-1], (0, 8))):
-            ax.annotate(f"{point[1]:.1f}", point, offset, textcoords="offset points", ha="center")
-            if len(points) == 1:
-                break
+        first, last = points[0], points[-1]
+        named = f"{label} {first[1]:.1f} \N{RIGHTWARDS ARROW} {last[1]:.1f}"
+        ax.plot(*zip(*points, strict=True), color=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], label=named)
+        if len(labels) == 1:  # of several, the legend tells the ends: beside their points they would overlap
+            for point, offset in {first: (10, -14), last: (0, 8)}.items():
+                ax.annotate(f"{point[1]:.1f}", point, offset, textcoords="offset points", ha="center")
     ax.set_ylim(0, 105)
     if len(labels) > 1:
         ax.legend(frameon=False, loc="lower right")

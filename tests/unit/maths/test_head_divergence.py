@@ -94,7 +94,7 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none(monkeypatch):
     def refuse(self, weight_VH):
         raise AssertionError("made a [V, H] gradient for a frozen head")
 
-    monkeypatch.setattr(module._WeightGradient, "__init__", refuse)
+    monkeypatch.setattr(module.WeightGradient, "__init__", refuse)
     frozen = Head(weight.detach())
     loss, _, _ = head_divergence(hidden, frozen, lambda i: teacher[i], weights, kind="gkd")
     loss.backward()
