@@ -180,7 +180,7 @@ def draw_accuracy(runs: Sequence[Run], path: Path) -> None:
     """A panel for each group; a line is the median over seeds, a small mark one seed."""
 
     def finish(ax: Axes) -> None:
-        ax.set_ylim(0, 100)
+        ax.set_ylim(20, 100)
         ax.set_ylabel("right, greedy, % of 256")
 
     _draw(runs, path, lambda run: run.accuracy, finish, marks=True)
@@ -230,7 +230,7 @@ def _draw(
                 ax.plot(*zip(*each, strict=True), ".", color=colour, markersize=3, alpha=0.6)
         ax.set_title(title, loc="left", fontweight="bold")
         ax.set_xlabel("step")
-        ax.set_xlim(0, STEPS * 1.45)  # room for the labels
+        ax.set_xlim(0, STEPS * 1.52)  # room for the labels
         ax.set_xticks(range(0, STEPS + 1, 10))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.3)
@@ -259,29 +259,39 @@ def _lines(
 
 
 def _label_ends(ax: Axes, lines: list[tuple[str, str, Points]]) -> None:
-    """Writes each label beside its line's end, moved up where it would cover the one below."""
+    """Writes each label beside its line's end, moved up or down where it would cover another."""
     to_share, from_share = ax.transData + ax.transAxes.inverted(), ax.transAxes + ax.transData.inverted()
-    ends = [(to_share.transform(points[-1])[1], label, colour, points[-1]) for label, colour, points in lines]
-    lowest = 0.0
-    spacing = 0.062  # of the panel's height
-    placed = []
-    for share, label, colour, end in sorted(ends):
-        lowest = max(share, lowest)
-        placed.append((lowest, label, colour, end))
-        lowest += spacing
-    overshoot = max(0.0, (placed[-1][0] if placed else 0.0) - 0.97)
-    for share, label, colour, end in placed:
-        y = from_share.transform((0, share - overshoot))[1]
+    ends = sorted((to_share.transform(points[-1])[1], label, colour, points[-1]) for label, colour, points in lines)
+    shares = spread([end[0] for end in ends], apart=0.06, top=0.98)
+    for share, (_, label, colour, end) in zip(shares, ends, strict=True):
         ax.annotate(
             label,
             end,
-            (STEPS * 1.04, y),
+            (STEPS * 1.1, from_share.transform((0, share))[1]),
             textcoords="data",
             va="center",
             fontsize=9,
             color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
         )
+
+
+def spread(places: Sequence[float], *, apart: float, top: float) -> list[float]:
+    """Ascending ``places`` moved as little as keeps them ``apart`` and below ``top``: neighbours that are too close
+    become one block around its mean."""
+    blocks: list[list[float]] = []
+    for place in places:
+        blocks.append([place])
+        while len(blocks) > 1 and _placed(blocks[-2], apart, top)[-1] + apart > _placed(blocks[-1], apart, top)[0]:
+            last = blocks.pop()
+            blocks[-1] += last
+    return [place for block in blocks for place in _placed(block, apart, top)]
+
+
+def _placed(block: Sequence[float], apart: float, top: float) -> list[float]:
+    half = (len(block) - 1) * apart / 2
+    middle = min(statistics.fmean(block), top - half)
+    return [middle - half + i * apart for i in range(len(block))]
 
 
 if __name__ == "__main__":

@@ -161,6 +161,12 @@ def test_smoothing_keeps_a_straight_line(objectives):
     assert objectives.smoothed({step: 2.0 * step for step in range(1, 8)})[4] == 8.0
 
 
+def test_labels_are_spread_around_the_ends_of_their_lines(objectives):
+    """0.50 and 0.52 move apart by as much; 0.97 and 0.99 stop at the top; 0.1 stays."""
+    places = objectives.spread([0.1, 0.50, 0.52, 0.97, 0.99], apart=0.06, top=0.98)
+    assert places == pytest.approx([0.1, 0.48, 0.54, 0.92, 0.98])
+
+
 def test_both_pictures_are_drawn(objectives, runs):
     found = objectives.finished_runs(runs)
     for draw in (objectives.draw_accuracy, objectives.draw_reverse_kl):
