@@ -72,7 +72,7 @@ def build_critic(config: Config, *, resumed_step: int | None) -> MegatronCritic:
     model = _build(config, sizes, config.checkpoint.hf_checkpoint)
     if own is None:
         given = flags.critic_load
-        _load_weights(model, given if given and has_hf_weights(Path(given)) else _initial_weights(config))
+        _load_weights(model, given if given and has_hf_weights(Path(given)) else _weights_before_training(config))
     give_value_head(model)
     optimizer = dataclasses.replace(
         config.optimizer, lr=flags.critic_lr or config.optimizer.lr, lr_warmup_iters=flags.critic_lr_warmup_iters
@@ -101,7 +101,7 @@ def _build_student(config: Config, sizes: ParallelSizes) -> tuple[TrainableModel
     lora = config.lora
     model = _build(config, sizes, flags.hf_checkpoint, transformer_engine=lora.lora_rank is None)
     if not resumed or lora.lora_rank is not None:  # a checkpoint of adapters holds no base weights
-        _load_weights(model, _initial_weights(config))
+        _load_weights(model, _base_weights(config))
     if lora.lora_rank is not None:
         add_adapters(
             model,
@@ -137,9 +137,8 @@ def _needs_initial_weights(config: Config) -> bool:
 
 def _reference(config: Config, sizes: ParallelSizes) -> ColoadedTeacher:
     """The student before its first step, also after a resume."""
-    flags = config.checkpoint
-    model = _build(config, sizes, flags.hf_checkpoint)
-    _load_weights(model, _initial_weights(config))
+    model = _build(config, sizes, config.checkpoint.hf_checkpoint)
+    _load_weights(model, _weights_before_training(config))
     return ColoadedTeacher(model, output_head)
 
 
@@ -154,7 +153,7 @@ def _moving_average(config: Config, sizes: ParallelSizes, *, resumed_step: int |
     if resumed_step is not None:
         checkpoint.load(Path(config.checkpoint.load) / MOVING_AVERAGE_FOLDER, model=model, step=resumed_step)
     else:
-        _load_weights(model, _initial_weights(config))
+        _load_weights(model, _weights_before_training(config))
     return MovingAverageTeacher(model, output_head, decay=config.opd.opd_teacher_ema_decay)
 
 
@@ -190,9 +189,16 @@ def _build(
     )
 
 
-def _initial_weights(config: Config) -> str:
+def _base_weights(config: Config) -> str:
     flags = config.checkpoint
     return flags.ref_load if _has_checkpoint(flags.ref_load) else flags.hf_checkpoint
+
+
+def _weights_before_training(config: Config) -> str:
+    """The student's at step 0: its base, or what --finetune takes from --load unless --ref-load says otherwise."""
+    flags = config.checkpoint
+    finetuned = flags.finetune and config.lora.lora_rank is None and _has_checkpoint(flags.load)
+    return flags.load if finetuned and not _has_checkpoint(flags.ref_load) else _base_weights(config)
 
 
 def _load_weights(model: BridgedModel, folder: str, step: int | None = None) -> None:
