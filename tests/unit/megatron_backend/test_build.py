@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd.config.flags import parse_flags
-from opd.megatron_backend.build import _weights_before_training
+from opd.megatron_backend import device
 
 
 @pytest.fixture
@@ -30,5 +30,8 @@ def folders(tmp_path: Path) -> dict[str, str]:
     ],
 )
 def test_weights_before_training(folders, flags, want):
+    device.install()
+    from opd.megatron_backend.build import _weights_before_training
+
     config = parse_flags(["--hf-checkpoint", folders["hf"], *flags.format(**folders).split()])
     assert _weights_before_training(config) == folders[want]
