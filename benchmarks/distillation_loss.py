@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--tokens", type=int, default=1_024)
     parser.add_argument("--hidden", type=int, default=1_024)
-    parser.add_argument("--chunk", type=int, default=256, help="rows of logits alive at a time in head_divergence")
+    parser.add_argument("--chunk", type=int, default=192, help="rows of logits alive at a time in head_divergence")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
