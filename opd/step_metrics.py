@@ -71,7 +71,7 @@ def _kl_sums(batch: TokenBatch, mask_T: torch.Tensor, config: Config) -> dict[st
     bucket_T = _buckets(batch)
     parts = {f"opd_reverse_kl_part_{k + 1}": bucket_T == k for k in range(POSITION_BUCKETS)}
     if len(specs) > 1 and config.opd.opd_teacher_combine == "route":
-        teacher_T = batch.teacher_N.repeat_interleave(torch.tensor(batch.response_lengths))
+        teacher_T = batch.per_token(batch.teacher_N)
         parts |= {f"teacher/{spec.name}/reverse_kl": teacher_T == k for k, spec in enumerate(specs)}
     for name, part_T in parts.items():
         sums[f"{name} of {name}{COUNT}"] = _sum(log_ratio_T * mask_T * part_T)

@@ -44,8 +44,7 @@ def add_training_signal(
     its reward nor its log-probs say anything about the student's distribution; whitening does not see it either.
     The penalty never enters ``returns_T``: the critic learns the task's reward.
     """
-    lengths_N = torch.tensor(batch.response_lengths)
-    own_T = batch.loss_mask_T * (~batch.off_policy_N).repeat_interleave(lengths_N)
+    own_T = batch.own_mask_T
     advantages_T, returns_T = _estimated(batch, own_T, config.algorithm)
     reverse_kl_T = None
     penalty_first = config.opd.use_opd and config.opd.opd_whiten_penalty
@@ -94,7 +93,7 @@ def _estimated(
         return gae_of_samples(rewards, batch.values_T, own_T, lengths, gamma=flags.gamma, lam=flags.lambd)
     if flags.advantage_estimator == "reinforce_plus_plus":
         return reward_to_go(rewards_T(batch.outcome_advantages_N), own_T, lengths, gamma=flags.gamma), None
-    advantages_T = batch.outcome_advantages_N.repeat_interleave(torch.tensor(lengths)) * own_T
+    advantages_T = batch.per_token(batch.outcome_advantages_N) * own_T
     if flags.advantage_estimator == "reinforce_plus_plus_baseline" and ref_logprobs_T is not None:
         # Each token pays for its own KL alone, as in the OPD penalty without discount.
         advantages_T = advantages_T + rewards_T(torch.zeros_like(batch.outcome_advantages_N))
@@ -105,13 +104,12 @@ def _penalised(
     batch: TokenBatch, advantages_T: torch.Tensor, own_T: torch.Tensor, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages minus the penalty, reverse KL). With a distillation loss the coefficient is 0: only the KL counts."""
-    scored_T = batch.teacher_scored_N.repeat_interleave(torch.tensor(batch.response_lengths))
     behaviour = config.opd.opd_student_logprobs == "behaviour"
     return subtract_reverse_kl(
         advantages_T,
         batch.rollout_logprobs_T if behaviour else batch.student_kl_logprobs_T,
         batch.teacher_logprobs_T,
-        own_T * scored_T,
+        own_T * batch.scored_mask_T,
         coef=_coefficient(batch, config),
         clip=config.opd.opd_kl_clip,
         discount=config.opd.opd_kl_discount,
@@ -125,4 +123,4 @@ def _coefficient(batch: TokenBatch, config: Config) -> float | torch.Tensor:
     if config.opd.opd_teacher_combine != "route" or all(spec.kl_coef == 1 for spec in specs):
         return config.penalty_coef
     factor_S = torch.tensor([spec.kl_coef for spec in specs], dtype=batch.teacher_logprobs_T.dtype)
-    return config.penalty_coef * factor_S[batch.teacher_N].repeat_interleave(torch.tensor(batch.response_lengths))
+    return config.penalty_coef * batch.per_token(factor_S[batch.teacher_N])

@@ -144,12 +144,12 @@ class TokenBatch:
     @property
     def own_mask_T(self) -> torch.Tensor:
         """1 for a token that counts and that the student wrote."""
-        return self.loss_mask_T * (~self.off_policy_N).repeat_interleave(torch.tensor(self.response_lengths))
+        return self.loss_mask_T * self.per_token(~self.off_policy_N)
 
     @property
     def scored_mask_T(self) -> torch.Tensor:
         """1 for a token that counts and that a teacher scored."""
-        return self.loss_mask_T * self.teacher_scored_N.repeat_interleave(torch.tensor(self.response_lengths))
+        return self.loss_mask_T * self.per_token(self.teacher_scored_N)
 
     def with_(self, **fields: Any) -> TokenBatch:
         return replace(self, **fields)
@@ -183,6 +183,10 @@ class TokenBatch:
             elif name.endswith("_N") and value is not None:
                 picked[name] = value[index_N]
         return replace(self, **picked)
+
+    def per_token(self, values_N: torch.Tensor) -> torch.Tensor:
+        """[T]: every response token gets its sample's value."""
+        return values_N.repeat_interleave(torch.tensor(self.response_lengths, device=values_N.device))
 
     def per_sample(self, values_T: torch.Tensor) -> list[torch.Tensor]:
         return list(values_T.split(self.response_lengths))

@@ -130,8 +130,7 @@ class PolicyTerm:
         means_N = torch.stack([
             ratio_L.sum() / count for ratio_L, count in zip(ratio_T.split(batch.response_lengths), counts, strict=True)
         ])  # fmt: skip
-        lengths_N = torch.tensor(batch.response_lengths, device=means_N.device)
-        return means_N.repeat_interleave(lengths_N)[packed.place_R]
+        return batch.per_token(means_N)[packed.place_R]
 
 
 class DistillationTerm:
@@ -170,8 +169,7 @@ class DistillationTerm:
             teacher = _served(micro)
         else:
             teacher = self._teachers.logits_of(micro, temperature=self._settings["temperature"])
-        lengths_N = torch.tensor(micro.batch.response_lengths)
-        weights_R = weights_R * micro.rows(self._coefs[micro.batch.teacher_N].repeat_interleave(lengths_N))
+        weights_R = weights_R * micro.rows(micro.batch.per_token(self._coefs[micro.batch.teacher_N]))
         loss, divergence_R, diagnostics = head_divergence(
             micro.hidden_RH(), micro.head(), teacher, weights_R, **self._settings
         )

@@ -108,8 +108,7 @@ class TeacherPass:
             self._heads = [teacher.head() for teacher in self._teachers]
         heads = self._heads
         samples = batch.sample_N.tolist()
-        lengths_N = torch.tensor(batch.response_lengths)
-        routed_R = batch.teacher_N.repeat_interleave(lengths_N).to(device)[place_R]
+        routed_R = batch.per_token(batch.teacher_N).to(device)[place_R]
         hidden = [self._rows(states, samples, batch.response_lengths) if states else None for states in self._hidden]
 
         def logits(number: int, index_C: torch.Tensor) -> torch.Tensor:
