@@ -86,18 +86,33 @@ class GenerationRequest:
 
     key: int
     prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...] | None = None  # what a teacher that helps to write reads; None: prompt_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The distribution ``q`` proportional to ``student^(1 - a) * teacher^a`` at every token (``opd.maths.mixture``)."""
+
+    method: str = "kl_symmetry"  # how ``a`` is found: kl_symmetry, ess_balance, entropy or fixed
+    fixed_alpha: float | None = None  # ``a`` itself, in [0, 1], with method "fixed" and only there
+    scale: float = 1.0  # the weight in use is min(1, scale * a): 0 is the student alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
     key: int
     response_ids: list[int]
-    log_probs: list[
-        float
-    ]  # log softmax(logits / temperature) of each response id, nats; not renormalised by top-p/top-k
+    # log of the probability with which each response id was drawn, in nats. For one model: log softmax(logits /
+    # temperature), not renormalised by top-p/top-k; for a mixture: log q, of the truncated distributions.
+    log_probs: list[float]
     status: SampleStatus
     weight_version: int | None = None
     top_ids: list[list[int]] | None = None  # with SamplingParams.top_ids: the likeliest ids at each response token
+    # Of a mixture, at each response token: both models' log softmax(logits / temperature), not truncated, and ``a``.
+    student_log_probs: list[float] | None = None
+    teacher_log_probs: list[float] | None = None
+    alphas: list[float] | None = None
+    error: str | None = None  # with status ABORTED: why this answer could not be written
 
 
 @dataclass(frozen=True, kw_only=True)

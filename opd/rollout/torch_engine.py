@@ -1,4 +1,4 @@
-"""The in-process engine: continuous batched decoding of a transformers model (``decode_loop``)."""
+"""The in-process engine: continuous batched decoding of a transformers model (``opd.decoding``)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 from opd.interfaces import WeightSyncError
 from opd.maths.logprobs import token_logprobs
-from opd.rollout.decode_loop import write_answers
-from opd.rollout.sampling import sample_tokens
+from opd.decoding.loop import write_answers
+from opd.decoding.draws import sample_tokens
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
 
 

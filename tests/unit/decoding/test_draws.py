@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opd.rollout.sampling import request_noise, sample_tokens, truncate
+from opd.decoding.draws import request_noise, sample_tokens, truncate
 from opd.types import SamplingParams
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from opd.rollout.kv_cache import RaggedKVCache
+from opd.decoding.kv_cache import RaggedKVCache
 
 
 class RaggedDecoder:

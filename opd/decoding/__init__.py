@@ -1,0 +1,1 @@
+"""Decoding of transformers models in this process: ragged caches, draws, continuous batching."""
