@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from opd.decoding.ragged_decoder import RaggedDecoder
 from opd.decoding.draws import request_noise
+from opd.decoding.ragged_decoder import RaggedDecoder
 from opd.types import GenerationRequest, GenerationResult, SampleStatus, SamplingParams
 
 # (logits [R, V] of each model, uniforms [R, D]) -> (token ids [R], behaviour log-probs [R] in nats)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from opd.decoding.loop import write_answers
 from opd.decoding.draws import sample_tokens
+from opd.decoding.loop import write_answers
 from opd.rollout.torch_engine import TorchEngine
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
 

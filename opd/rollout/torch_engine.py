@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from opd.decoding.draws import sample_tokens
+from opd.decoding.loop import write_answers
 from opd.interfaces import WeightSyncError
 from opd.maths.logprobs import token_logprobs
-from opd.decoding.loop import write_answers
-from opd.decoding.draws import sample_tokens
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
 
 
