@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
+from torch import nn
 
 from opd.build_data import (
     answers_from_file,
@@ -19,15 +20,18 @@ from opd.build_data import (
     training_prompts,
 )
 from opd.build_rewards import check_served_teachers, reward_functions, scoring_stats
+from opd.config.mixture_rules import mixing_teacher, scale_of
 from opd.config.model_rules import max_context_len, student_facts
 from opd.config.schema import Config
 from opd.data.tokenizer import load_tokenizer
 from opd.interfaces import RolloutEngine
 from opd.rollout.driver import RolloutDriver, keep_rewards
+from opd.rollout.mixture_engine import MixtureEngine, ScaleSchedule
 from opd.rollout.speculative_kd import SpeculativeKDEngine
 from opd.rollout.torch_engine import TorchEngine
 from opd.run_state import RunState
 from opd.step import Parts
+from opd.types import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +131,29 @@ def _engines(config: Config, device: torch.device, max_context_len: int) -> tupl
     student = TorchEngine(
         model, max_running_requests=flags.rollout_max_running_requests, max_context_len=max_context_len
     )
-    if flags.rollout_engine == "torch":
+    if not config.written_with_teacher:
         return student, student
-    transformers_logging.disable_progress_bar()  # the run has bars of its own
-    teacher = AutoModelForCausalLM.from_pretrained(config.opd.opd_teacher_load, **options).to(device)
+    mixing = mixing_teacher(config)
+    folder = config.opd.opd_teacher_load if mixing is None else mixing.folder
+    if folder is None:
+        teacher = model
+    else:
+        transformers_logging.disable_progress_bar()  # the run has bars of its own
+        teacher = AutoModelForCausalLM.from_pretrained(folder, **options).to(device)
+    if mixing is not None:
+        return _mixture_engine(config, student, teacher), student
     return SpeculativeKDEngine(student, teacher, top_k=flags.skd_top_k), student
+
+
+def _mixture_engine(config: Config, student: TorchEngine, teacher: nn.Module) -> MixtureEngine:
+    flags = config.mixture
+    start, end, rollouts = scale_of(config)
+    return MixtureEngine(
+        student,
+        teacher,
+        Mixture(method=flags.mixture_alpha_method, fixed_alpha=flags.mixture_fixed_alpha),
+        schedule=ScaleSchedule(start=start, end=end, rollouts=rollouts),
+        decoding=flags.mixture_decoding,
+        draft_tokens=flags.mixture_draft_tokens,
+        teacher_max_context_len=teacher.config.max_position_embeddings,
+    )

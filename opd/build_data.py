@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from opd.config.model_rules import coloaded_teachers
+from opd.config.mixture_rules import mixing_teacher, mixing_teacher_facts, prompt_of
+from opd.config.model_rules import coloaded_teachers, student_facts
 from opd.config.schema import Config
 from opd.config.teachers import teachers
 from opd.data.answers import AnswerDataset, AnswerSource
@@ -33,6 +34,24 @@ def training_prompts(config: Config, tokenizer: Any, max_context_len: int) -> Pr
         shuffle=data.rollout_shuffle,
         seed=config.rollout.rollout_seed,
         teacher=_teacher_prompts(config),
+        mixture=_mixing_teacher_prompts(config),
+    )
+
+
+def _mixing_teacher_prompts(config: Config) -> TeacherPrompts | None:
+    teacher = mixing_teacher(config)
+    if teacher is None:
+        return None
+    flags = teacher.prompt_flags or "mixture_teacher"  # nothing is given for either: it reads the student's prompt
+    key, template, system = prompt_of(config, flags)
+    return TeacherPrompts(
+        prompt_key=key,
+        template=template,
+        system_prompt=system,
+        positions=(mixing_teacher_facts(teacher, student_facts(config)).max_position_embeddings,),
+        max_response_len=config.rollout.rollout_max_response_len,
+        flags="--" + flags.replace("_", "-"),
+        who="the writing teacher",
     )
 
 

@@ -13,7 +13,7 @@ from opd.config.schema import Config
 from opd.config.teachers import teachers
 from opd.interfaces import PostProcessFn, RewardFn, RolloutEngine
 from opd.rollout.driver import keep_rewards
-from opd.rollout.speculative_kd import SpeculativeKDEngine
+from opd.rollout.with_teacher import EngineWithTeacher
 from opd.types import Sample
 
 
@@ -55,13 +55,15 @@ def _rule(config: Config) -> RewardFn:
 
 
 def scoring_stats(config: Config, engine: RolloutEngine) -> Callable[[], dict[str, float]]:
-    if isinstance(engine, SpeculativeKDEngine):
-        return engine.take_stats
-    if config.opd.opd_type != "sglang":
-        return dict
-    from opd.rewards.on_policy_distillation import take_teacher_stats
+    """What takes the rollout's numbers about teachers, by the names of their metrics."""
+    sources: list[tuple[str, Callable[[], dict[str, float]]]] = []
+    if isinstance(engine, EngineWithTeacher):
+        sources.append((engine.stats_prefix, engine.take_stats))
+    if config.opd.opd_type == "sglang":
+        from opd.rewards.on_policy_distillation import take_teacher_stats
 
-    return take_teacher_stats
+        sources.append(("teacher_", take_teacher_stats))
+    return lambda: {prefix + name: value for prefix, take in sources for name, value in take().items()}
 
 
 def _of_own_answers(task_reward: RewardFn) -> RewardFn:

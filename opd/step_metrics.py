@@ -20,11 +20,17 @@ def batch_metrics(batch: TokenBatch, trainer: Trainer, *, config: Config) -> dic
     """Of the training batch: tokens; of the student's own answers, which a batch may lack, the entropy (nats), the gap
     between the engine's and the trainer's log-probs (nats) and the KL to the teacher (``_kl_sums``); and the share of
     samples without a teacher score, of those that should have one: the student's own, and with a distillation loss
-    those of --sft-data too."""
+    those of --sft-data too.
+
+    Where a teacher has a hand in the rollout, in place of the gap: the mean of the importance ratios student / engine
+    (1 in expectation), and the effective sample size that they leave, as a share of the tokens."""
     own_N, own_T = ~batch.off_policy_N, batch.own_mask_T
     gap_T = (batch.student_logprobs_T - batch.rollout_logprobs_T).abs() * own_T
     sums = {"tokens": _sum(batch.loss_mask_T), "own": _sum(own_T), "gap": _sum(gap_T)}
     sums["student_entropy"] = _sum(batch.student_entropy_T * own_T)
+    if config.written_with_teacher:
+        ratio_T = _importance_ratios(batch) * own_T
+        sums |= {"ratio": _sum(ratio_T), "ratio_square": _sum(ratio_T.square())}
     if config.opd.use_opd:
         expected_N = own_N if config.distillation.distillation_type is None else torch.ones_like(own_N)
         sums |= {"expected": _sum(expected_N), "unscored": _sum(expected_N & ~batch.teacher_scored_N)}
@@ -32,7 +38,10 @@ def batch_metrics(batch: TokenBatch, trainer: Trainer, *, config: Config) -> dic
     total = trainer.sum_over_ranks(sums, {"logprob_mismatch_max": float(gap_T.max())})
     metrics: dict[str, float] = {"tokens": int(total["tokens"])}
     if total["own"] > 0:
-        if config.rollout.rollout_engine != "speculative_kd":  # there the two differ on purpose
+        if config.written_with_teacher:  # there the two differ on purpose
+            metrics["importance_ratio_mean"] = total["ratio"] / total["own"]
+            metrics["importance_ess_share"] = total["ratio"] ** 2 / (total["own"] * total["ratio_square"])
+        else:
             metrics["logprob_mismatch_mean"] = total["gap"] / total["own"]
             metrics["logprob_mismatch_max"] = total["logprob_mismatch_max"]
         metrics["student_entropy"] = total["student_entropy"] / total["own"]
@@ -52,8 +61,8 @@ def _kl_sums(batch: TokenBatch, mask_T: torch.Tensor, config: Config) -> dict[st
     and k3; k1 by part of the response and by teacher; and the share of tokens that --opd-kl-clip cuts.
     """
     log_ratio_T = batch.reverse_kl_T.double()
-    if config.rollout.rollout_engine == "speculative_kd":  # the teacher had a hand in the tokens: weigh it out
-        mask_T = mask_T * (batch.student_logprobs_T - batch.rollout_logprobs_T).double().exp()
+    if config.written_with_teacher:  # the teacher had a hand in the tokens: weigh it out
+        mask_T = mask_T * _importance_ratios(batch)
     columns = {"opd_reverse_kl": log_ratio_T}
     columns["opd_kl_k2"] = log_ratio_T.square() / 2
     columns["opd_kl_k3"] = (-log_ratio_T).exp() - 1 + log_ratio_T
@@ -79,6 +88,11 @@ def _kl_sums(batch: TokenBatch, mask_T: torch.Tensor, config: Config) -> dict[st
     return sums
 
 
+def _importance_ratios(batch: TokenBatch) -> torch.Tensor:
+    """[T] float64: probability under the student over that with which the token was drawn."""
+    return (batch.student_logprobs_T - batch.rollout_logprobs_T).double().exp()
+
+
 def _buckets(batch: TokenBatch) -> torch.Tensor:
     """[T] int64: in which of the equal parts of its response a token lies."""
     return torch.cat([torch.arange(n) * POSITION_BUCKETS // n for n in batch.response_lengths])
@@ -91,7 +105,7 @@ def _sum(values: torch.Tensor) -> float:
 def rollout_metrics(rolled: RolloutResult) -> dict[str, float]:
     """Of the student's own answers; only ``off_policy_share`` tells of those of --sft-data."""
     own = [s for s in rolled.samples if not s.off_policy]
-    metrics = {f"teacher_{name}": value for name, value in rolled.scoring.items()}
+    metrics = dict(rolled.scoring)
     if len(own) < len(rolled.samples):
         metrics["off_policy_share"] = 1 - len(own) / len(rolled.samples)
     if not own:

@@ -203,10 +203,10 @@ def _behaviour_rules(config: Config) -> Iterator[str]:
                 f"`--opd-student-logprobs=behaviour` with {flag_text(name, getattr(rollout, name))}: answers come from "
                 "a truncated distribution, and the engine's log-probs are not that one's. Drop one of them."
             )
-    if rollout.rollout_engine == "speculative_kd":
+    if config.written_with_teacher:
         yield (
-            "`--opd-student-logprobs=behaviour` with `--rollout-engine=speculative_kd`: some tokens are the "
-            f"teacher's, so the engine's log-probs are not the student's. {remedy}."
+            f"`--opd-student-logprobs=behaviour` with {flag_text('rollout_engine', rollout.rollout_engine)}: a teacher "
+            f"has a hand in every token, so the engine's log-probs are not the student's. {remedy}."
         )
 
 

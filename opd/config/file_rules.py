@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from opd.config.flags import flag_text
-from opd.config.off_policy_rules import speculative_file_rules
+from opd.config.off_policy_rules import writing_teacher_file_rules
 from opd.config.paths import check_function
 from opd.config.schema import Config
 from opd.config.teachers import TeacherSpec, teachers
@@ -18,7 +18,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 def file_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     yield from _prompt_file_rules(config)
     yield from _checkpoint_folder_rules(config)
-    yield from speculative_file_rules(config)
+    yield from writing_teacher_file_rules(config)
     yield from _package_rules(config)
     yield from _launcher_rules(config, environ)
     for name in ("custom_rm_path", "custom_reward_post_process_path", "custom_advantage_function_path"):

@@ -8,7 +8,8 @@ from opd.config.algorithm_rules import algorithm_rules
 from opd.config.distillation_rules import distillation_rules
 from opd.config.flags import flag_text
 from opd.config.lora_rules import lora_rules
-from opd.config.off_policy_rules import off_policy_rules
+from opd.config.mixture_rules import mixture_rules
+from opd.config.off_policy_rules import off_policy_rules, written_with_teacher_rules
 from opd.config.paths import split_path
 from opd.config.queries import OPD_REWARD_MODULE, given, has_task_reward, uses_opd_reward
 from opd.config.schema import Config
@@ -22,6 +23,8 @@ def flag_rules(config: Config) -> Iterator[str]:
     yield from algorithm_rules(config)
     yield from rollout_rules(config)
     yield from off_policy_rules(config)
+    yield from mixture_rules(config)
+    yield from written_with_teacher_rules(config)
     yield from optimizer_rules(config)
     yield from layout_rules(config)
     yield from eval_rules(config)

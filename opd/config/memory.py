@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd.config.lora_size import adapter_parameters_per_rank
+from opd.config.mixture_rules import mixing_teacher, mixing_teacher_facts
 from opd.config.model_facts import ModelFacts
 from opd.config.model_rules import max_context_len
 from opd.config.schema import Config
@@ -88,12 +89,7 @@ def estimate(config: Config, student: ModelFacts, teachers: list[ModelFacts]) ->
         note = "weights, gradients and optimizer states of a second model of the student's size"
         items.append(MemoryItem(name="critic", bytes=count * (element + FP32) + states, note=note))
     if config.rollout.rollout_engine != "sglang":
-        items += _torch_engine(config, student, element)
-    if config.rollout.rollout_engine == "speculative_kd" and teachers:
-        note = "the engine's own whole copy, on rank 0"
-        own = teachers[0].parameter_count * element
-        items.append(MemoryItem(name="rollout teacher weights", bytes=own, note=note))
-        items.append(_kv_cache("rollout teacher KV cache", config, teachers[0], element))
+        items += _torch_engine(config, student, teachers, element)
     return items
 
 
@@ -127,22 +123,28 @@ def _activations(config: Config, facts: ModelFacts, element: int) -> MemoryItem:
     return MemoryItem(name="activations", bytes=tokens * kept + logits, note=note, resident=False)
 
 
-def _torch_engine(config: Config, facts: ModelFacts, element: int) -> list[MemoryItem]:
-    """Only rank 0 decodes, with a whole model of its own."""
-    own = facts.parameter_count * element
-    return [
-        MemoryItem(name="rollout weights", bytes=own, note="the engine's own whole copy, on rank 0"),
-        _kv_cache("rollout KV cache", config, facts, element),
-    ]
+def _torch_engine(config: Config, student: ModelFacts, teachers: list[ModelFacts], element: int) -> list[MemoryItem]:
+    """Only rank 0 decodes, with whole models of its own: the student, and a teacher where one helps to write."""
+    copy = "the engine's own whole copy, on rank 0"
+    items = [MemoryItem(name="rollout weights", bytes=student.parameter_count * element, note=copy)]
+    mixing = mixing_teacher(config)
+    writers = [student]
+    if mixing is not None:
+        writers.append(mixing_teacher_facts(mixing, student))
+    elif config.written_with_teacher:
+        writers += teachers[:1]
+    if len(writers) > 1 and (mixing is None or mixing.folder is not None):
+        own = writers[1].parameter_count * element
+        items.append(MemoryItem(name="rollout teacher weights", bytes=own, note=copy))
 
-
-def _kv_cache(name: str, config: Config, facts: ModelFacts, element: int) -> MemoryItem:
     sequences = min(config.samples_per_rollout, config.rollout.rollout_max_running_requests)
-    tokens = longest_sequence(config, facts)
+    tokens = longest_sequence(config, student)
     note = f"{sequences} sequences x {tokens:,} tokens"
-    return MemoryItem(
-        name=name, bytes=sequences * tokens * facts.kv_values_per_token * element, note=note, resident=False
-    )
+    if len(writers) > 1:
+        note += ", of student and teacher"
+        note += "; what the teacher's prompt has more is not counted" if mixing and mixing.prompt_flags else ""
+    cache = sequences * tokens * sum(facts.kv_values_per_token for facts in writers) * element
+    return [*items, MemoryItem(name="rollout KV cache", bytes=cache, note=note, resident=False)]
 
 
 def longest_sequence(config: Config, facts: ModelFacts) -> int:

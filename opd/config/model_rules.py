@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from opd.config.distillation_rules import distillation_model_rules
 from opd.config.flags import flag_text
+from opd.config.mixture_rules import mixture_model_rules
 from opd.config.model_facts import ModelFacts, find_hf_config, read_model_facts
 from opd.config.schema import Config
 from opd.config.teacher_rules import shows_more
@@ -63,6 +64,7 @@ def model_rules(config: Config) -> Iterator[str]:
     yield from _layout_rules(config, student, "the student")
     yield from _length_rules(config, student)
     yield from distillation_model_rules(config, student)
+    yield from mixture_model_rules(config, student)
     yield from _teacher_config_rules(config)
     for spec, teacher in coloaded_teachers(config):
         yield from _teacher_rules(config, student, spec, teacher)

@@ -70,6 +70,9 @@ INTERVALS: dict[str, tuple[Interval, str]] = {
     "rollout_max_context_len": (Interval(2), "Leave room for a prompt and an answer."),
     "rollout_max_prompt_len": (_ONE_OR_MORE, "Give the tokens of the longest prompt to keep."),
     "skd_top_k": (_ONE_OR_MORE, "Give the teacher's likeliest tokens that a proposal may be among: 25."),
+    "mixture_fixed_alpha": (_SHARE, "Give 0 for the student alone, 1 for the teacher alone."),
+    "mixture_schedule_steps": (Interval(2), "A schedule has a first and a last rollout: give 2 or more."),
+    "mixture_draft_tokens": (_ONE_OR_MORE, "Give the tokens per draft, such as 4, or leave it out to adapt it."),
     "sft_steps": (_ZERO_OR_MORE, "Give 0 for no warm-up."),
     "opd_off_policy_fraction": (
         _BELOW_ONE,

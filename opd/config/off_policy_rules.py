@@ -1,4 +1,4 @@
-"""Answers that the student did not write alone: those of --sft-data, and those of speculative KD."""
+"""Answers that the student did not write alone: those of --sft-data, and those in which a teacher has a hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opd.config.flags import flag_text
+from opd.config.mixture_rules import mixing_teacher
 from opd.config.queries import given
 from opd.config.schema import Config
 
@@ -121,6 +122,13 @@ def _speculative_rules(config: Config) -> Iterator[str]:
                 f"{flag_text(name, value)} with {engine}: there the teacher reads the student's prompt. Drop one of "
                 "them."
             )
+
+
+def written_with_teacher_rules(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if not config.written_with_teacher:
+        return
+    engine = flag_text("rollout_engine", rollout.rollout_engine)
     for name in ("rollout_top_p", "rollout_top_k"):
         if name in given(rollout):
             yield (
@@ -130,17 +138,27 @@ def _speculative_rules(config: Config) -> Iterator[str]:
     if config.policy_weight != 0 and not config.algorithm.use_tis:
         yield (
             f"{engine} needs `--use-tis` here: a policy gradient (task reward, or the penalty on sampled tokens) "
-            "expects tokens from the student, and some are the teacher's, so each needs the ratio of the two "
-            "probabilities. Add it, or use a distillation loss (--distillation-type), which needs none."
+            "expects tokens from the student alone, and the teacher has a hand in these, so each needs the ratio of "
+            "the two probabilities. Add it, or use a distillation loss (--distillation-type), which needs none."
         )
 
 
-def speculative_file_rules(config: Config) -> Iterator[str]:
+def writing_teacher_file_rules(config: Config) -> Iterator[str]:
     """The engine loads the teacher as a transformers model, beside the trainer's."""
-    folder = config.opd.opd_teacher_load
-    if config.rollout.rollout_engine == "speculative_kd" and not (Path(str(folder)) / "config.json").is_file():
+    teacher = mixing_teacher(config)
+    flag, name = (
+        ("opd_teacher_load", config.opd.opd_teacher_load) if teacher is None else (teacher.flag, teacher.folder)
+    )
+    if not config.written_with_teacher or name is None:
+        return
+    folder, shown = Path(name), flag_text(flag, name)
+    if not folder.is_dir():
+        yield f"{shown}: no such folder. Check the path."
+    elif not (folder / "config.json").is_file():
         yield (
-            f"`--rollout-engine=speculative_kd` needs a Hugging Face folder in {flag_text('opd_teacher_load', folder)},"
-            " and this is a torch_dist one: the engine decodes with the teacher as a transformers model. Convert it "
-            "with tools/convert_torch_dist_to_hf.py, and give that folder."
+            f"{flag_text('rollout_engine', config.rollout.rollout_engine)} needs a Hugging Face folder in {shown}, "
+            "and this is none: the engine decodes with the teacher as a transformers model. Convert a torch_dist folder "
+            "with tools/convert_torch_dist_to_hf.py, and give the result."
         )
+    elif not any(folder.glob("*.safetensors")) and not config.output.dry_run:
+        yield f"{shown} holds config.json but no weights (*.safetensors). Give a complete model folder."

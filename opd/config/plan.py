@@ -11,9 +11,11 @@ from rich.text import Text
 from opd.config.advice import warnings
 from opd.config.file_rules import LATEST
 from opd.config.memory import MemoryItem, estimate
+from opd.config.mixture_rules import prompt_of
 from opd.config.model_facts import ModelFacts
 from opd.config.model_rules import coloaded_teachers, student_facts
 from opd.config.plan_learning import learning_rows
+from opd.config.plan_mixture import mixing_teacher_rows, mixture_line, prompt_line
 from opd.config.schema import Config
 from opd.config.teachers import TeacherSpec, teachers
 
@@ -35,6 +37,7 @@ def plan(config: Config) -> RenderableType:
             ("student", _model_line(student, config)),
             ("starts from", _start_line(config)),
             *_teacher_rows(config, facts),
+            *mixing_teacher_rows(config),
         ],
         "Processes": _process_rows(config),
         "Each rollout": _rollout_rows(config),
@@ -117,7 +120,7 @@ def _teacher_rows(config: Config, facts: dict[str, ModelFacts]) -> Rows:
         rows = [(f"teacher {t.name}", _teacher_line(config, t, facts.get(t.name))) for t in found]
     if len(found) > 1:
         rows.append(("combined", _combination_line(config, found)))
-    sees = _teacher_prompt_line(config)
+    sees = prompt_line(prompt_of(config, "opd_teacher"))
     return [*rows, ("teacher sees", sees)] if sees else rows
 
 
@@ -143,16 +146,6 @@ def _combination_line(config: Config, found: list[TeacherSpec]) -> str:
         return f"one per sample, by metadata field `{opd.opd_teacher_key}` ({coefs})"
     weights = ", ".join(f"{t.weight:.3g} {t.name}" for t in found)
     return f"weighted {'logits' if opd.opd_teacher_combine == 'logits' else 'probabilities'}: {weights}"
-
-
-def _teacher_prompt_line(config: Config) -> str:
-    opd = config.opd
-    parts = {
-        "the field": opd.opd_teacher_prompt_key,
-        "the template": opd.opd_teacher_prompt_template,
-        "the system message": opd.opd_teacher_system_prompt,
-    }
-    return ", ".join(f"{what} {value!r}" for what, value in parts.items() if value is not None)
 
 
 def _process_rows(config: Config) -> Rows:
@@ -181,6 +174,8 @@ def _process_rows(config: Config) -> Rows:
         decode = f"{engines} SGLang server{'s' if engines > 1 else ''} of tensor-parallel size {size}"
     elif rollout.rollout_engine == "speculative_kd":
         decode += f"; the teacher beside it replaces tokens outside its {rollout.skd_top_k} likeliest"
+    elif rollout.rollout_engine == "mixture":
+        decode += f"; {mixture_line(config)}"
     return [
         ("training", f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''}: {layout}"),
         ("start with", start),

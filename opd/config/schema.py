@@ -124,7 +124,7 @@ class DataFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutFlags:
-    rollout_engine: str = flag("torch", "who generates: torch (in this process), sglang (server processes) or speculative_kd (in this process; the co-loaded teacher replaces tokens outside its top k)", choices=("torch", "sglang", "speculative_kd"))
+    rollout_engine: str = flag("torch", "who generates: torch (in this process), sglang (server processes), speculative_kd (in this process; the co-loaded teacher replaces tokens outside its top k) or mixture (in this process; student and teacher together)", choices=("torch", "sglang", "speculative_kd", "mixture"))
     skd_top_k: int = flag(25, "speculative_kd: a proposed token stays when it is among the teacher's k likeliest")
     num_rollout: int | None = flag(None, "rollouts in the whole run, including those before a resume")
     rollout_batch_size: int | None = flag(None, "prompts per rollout")
@@ -257,6 +257,22 @@ class OffPolicyFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureFlags:
+    """--rollout-engine mixture: answers come from q, proportional to student^(1 - a) * teacher^a at every token."""
+
+    mixture_alpha_method: str = flag("kl_symmetry", "how the teacher's weight a is found at every token: kl_symmetry (q is as far from either model, in KL), ess_balance (the importance weights towards either have the same variance), entropy (by the models' uncertainties) or fixed", choices=("kl_symmetry", "ess_balance", "entropy", "fixed"))
+    mixture_fixed_alpha: float | None = flag(None, "a itself, with --mixture-alpha-method fixed: 0 is the student alone, 1 the teacher alone")
+    mixture_alpha_scale: list[float] | None = flag(None, "START END: the weight in use is min(1, scale * a), and scale goes from START (first rollout) to END in equal steps; 2 is nearly the teacher alone, 0 the student alone; 1 throughout without it", nargs="+")
+    mixture_schedule_steps: int | None = flag(None, "rollouts until --mixture-alpha-scale is at END; all of --num-rollout without it")
+    mixture_teacher_load: str | None = flag(None, "Hugging Face folder of the teacher that helps to write; --opd-teacher-load without it, or the student itself with --opd-teacher-self live")
+    mixture_teacher_prompt_key: str | None = flag(None, "field with the prompt that this teacher reads")
+    mixture_teacher_prompt_template: str | None = flag(None, "the prompt that this teacher reads, made from {prompt}, {label} and the row's other fields; without any of these three flags that of --opd-teacher-prompt-*, else the student's")
+    mixture_teacher_system_prompt: str | None = flag(None, "system message that this teacher reads, with --apply-chat-template")
+    mixture_decoding: str = flag("speculative", "speculative (the student drafts, the teacher judges several tokens at once) or lockstep (both models at every token); the same distribution", choices=("speculative", "lockstep"))
+    mixture_draft_tokens: int | None = flag(None, "tokens per draft of speculative decoding; chosen by measured acceptance and cost without it")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     output_dir: str | None = flag(None, "folder for metrics.jsonl, curves.png, tensorboard/ and samples/")
     dry_run: bool = flag(False, "parse, validate, print the plan and exit; starts nothing and loads no weights")
@@ -286,6 +302,7 @@ class Config:
     opd: OpdFlags = OpdFlags()
     distillation: DistillationFlags = DistillationFlags()
     off_policy: OffPolicyFlags = OffPolicyFlags()
+    mixture: MixtureFlags = MixtureFlags()
     output: OutputFlags = OutputFlags()
 
     @property
@@ -328,6 +345,11 @@ class Config:
     def needs_reference(self) -> bool:
         """Whether the KL to the reference model (--ref-load, else --hf-checkpoint) is computed."""
         return self.algorithm.use_kl_loss or self.algorithm.kl_coef != 0
+
+    @property
+    def written_with_teacher(self) -> bool:
+        """Whether a teacher has a hand in every token of the rollout, whose log-probs are then not the student's."""
+        return self.rollout.rollout_engine in ("speculative_kd", "mixture")
 
     @property
     def uses_critic(self) -> bool:

@@ -160,7 +160,7 @@ def _teacher_prompt_rules(config: Config) -> Iterator[str]:
             f"two prompts for the teacher. Drop one of them; the template can name the field as {{{key}}}."
         )
     if template is not None:
-        yield from _template_rules(template)
+        yield from template_rules("opd_teacher_prompt_template", template)
     system = opd.opd_teacher_system_prompt
     if system is not None and not config.data.apply_chat_template:
         yield (
@@ -169,8 +169,9 @@ def _teacher_prompt_rules(config: Config) -> Iterator[str]:
         )
 
 
-def _template_rules(template: str) -> Iterator[str]:
-    shown = flag_text("opd_teacher_prompt_template", template)
+def template_rules(name: str, template: str) -> Iterator[str]:
+    """``name``: of the flag."""
+    shown = flag_text(name, template)
     remedy = "Write placeholders as {prompt}, {label} or {field}, and a brace of the text as {{ or }}."
     try:
         placeholders = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]

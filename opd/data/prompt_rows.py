@@ -23,13 +23,15 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     teacher_index: int = 0  # which of the run's teachers scores it, when prompts are routed
     teacher_ids: tuple[int, ...] | None = None  # what the teacher reads instead of ``ids``
+    mixture_ids: tuple[int, ...] | None = None  # the same of the teacher that helps to write
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSource:
     """A prompt file and how to read it. ``eval_prefix`` ("eval-" or "") only changes which flags the messages name.
 
-    ``teacher``: what the teachers are told about a row; evaluation has none.
+    ``teacher``: what the teachers are told about a row; evaluation has none. ``mixture``: the same of the teacher that
+    helps to write, if there is one.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class PromptSource:
     apply_chat_template: bool
     eval_prefix: str = ""
     teacher: TeacherPrompts | None = None
+    mixture: TeacherPrompts | None = None
 
     @property
     def flag(self) -> str:
@@ -57,13 +60,14 @@ class PromptSource:
         self._check_fields(rows)
         try:
             routes = self.teacher.routes(rows, self.metadata_key) if self.teacher else [0] * len(rows)
-            teacher_values = self._teacher_values(rows)
+            values = [self._teacher_values(rows, teacher) for teacher in (self.teacher, self.mixture)]
         except TeacherRowError as error:
             raise self.error(error.rule, error.remedy, error.bad_rows) from error
         texts, token_ids = self._tokenized_prompts(rows, [fields[self.input_key] for _, fields in rows], tokenizer)
-        teacher_ids: list[tuple[int, ...] | None] = [None] * len(rows)
-        if teacher_values is not None:
-            _, teacher_ids = self._tokenized_prompts(rows, teacher_values, tokenizer)
+        teacher_ids, mixture_ids = [
+            [None] * len(rows) if of_teacher is None else self._tokenized_prompts(rows, of_teacher, tokenizer)[1]
+            for of_teacher in values
+        ]
         return [
             Prompt(
                 index=number,
@@ -73,16 +77,15 @@ class PromptSource:
                 metadata=fields.get(self.metadata_key) or {},
                 teacher_index=routes[i],
                 teacher_ids=teacher_ids[i],
+                mixture_ids=mixture_ids[i],
             )
             for i, (number, fields) in enumerate(rows)
         ]
 
-    def _teacher_values(self, rows: list[Row]) -> list[Any] | None:
-        if self.teacher is None or not self.teacher.has_prompts:
+    def _teacher_values(self, rows: list[Row], teacher: TeacherPrompts | None) -> list[Any] | None:
+        if teacher is None or not teacher.has_prompts:
             return None
-        return self.teacher.values(
-            rows, input_key=self.input_key, label_key=self.label_key, metadata_key=self.metadata_key
-        )
+        return teacher.values(rows, input_key=self.input_key, label_key=self.label_key, metadata_key=self.metadata_key)
 
     def _tokenized_prompts(
         self, rows: list[Row], prompts: list[Any], tokenizer: PreTrainedTokenizerBase

@@ -36,6 +36,7 @@ class PromptDataset:
         shuffle: epoch ``e`` is shuffled with ``seed + e``; without it every epoch is in file order.
         for_evaluation: only changes which flags the error messages name.
         teacher: which teacher scores a row and what it reads; a prompt whose teacher has too few positions is skipped.
+        mixture: the same of the teacher that helps to write.
 
     Raises:
         PromptDataError: the file or one of its rows cannot be used; nothing is left to fail later in the run.
@@ -56,6 +57,7 @@ class PromptDataset:
         seed: int = 0,
         for_evaluation: bool = False,
         teacher: TeacherPrompts | None = None,
+        mixture: TeacherPrompts | None = None,
     ) -> None:
         self._source = PromptSource(
             path=Path(path),
@@ -65,10 +67,16 @@ class PromptDataset:
             apply_chat_template=apply_chat_template,
             eval_prefix="eval-" if for_evaluation else "",
             teacher=teacher,
+            mixture=mixture,
         )
         prompts = self._source.load(tokenizer)
         self._prompts = self._drop_long(prompts, max_prompt_len, max_context_len)
-        self._prompts = self._drop_long_for_teacher(self._prompts, max_context_len)
+        if teacher is not None:
+            read = [prompt.teacher_ids or prompt.ids for prompt in self._prompts]
+            self._prompts = self._drop_long_for_teacher(self._prompts, read, teacher, max_context_len)
+        if mixture is not None:
+            read = [prompt.mixture_ids or prompt.ids for prompt in self._prompts]
+            self._prompts = self._drop_long_for_teacher(self._prompts, read, mixture, max_context_len)
         self.skipped = len(prompts) - len(self._prompts)
         self.digest = _digest(self._prompts)
         self._epochs = Epochs(len(self._prompts), shuffle=shuffle, seed=seed)
@@ -129,25 +137,27 @@ class PromptDataset:
             )
         return short
 
-    def _drop_long_for_teacher(self, prompts: list[Prompt], max_context_len: int | None) -> list[Prompt]:
-        teacher = self._source.teacher
-        if teacher is None:
-            return prompts
-        lengths, kept = [], []
-        for prompt in prompts:
+    def _drop_long_for_teacher(
+        self,
+        prompts: list[Prompt],
+        read: list[tuple[int, ...]],
+        teacher: TeacherPrompts,
+        max_context_len: int | None,
+    ) -> list[Prompt]:
+        """``read``: the teacher's prompt in each row."""
+        kept = []
+        for prompt, ids in zip(prompts, read, strict=True):
             room = teacher.max_response_len if max_context_len is None else max_context_len - len(prompt.ids)
-            read = prompt.ids if prompt.teacher_ids is None else prompt.teacher_ids
-            lengths.append(len(read))
-            if teacher.fits(len(read) + min(room, teacher.max_response_len), prompt.teacher_index):
+            if teacher.fits(len(ids) + min(room, teacher.max_response_len), prompt.teacher_index):
                 kept.append(prompt)
         reason = (
-            f"the teacher's prompt (up to {max(lengths)} tokens) and an answer of {teacher.max_response_len} tokens in "
-            f"the teacher's {' / '.join(map(str, teacher.positions))} positions"
+            f"{teacher.who}'s prompt (up to {max(map(len, read))} tokens) and an answer of {teacher.max_response_len} "
+            f"tokens in {teacher.who}'s {' / '.join(map(str, teacher.positions))} positions"
         )
         if not kept:
             raise self._source.error(
                 f"none of its {len(prompts)} prompts leaves room for {reason}",
-                "Lower --rollout-max-response-len, shorten the teacher's prompt, or choose a teacher with more "
+                f"Lower --rollout-max-response-len, shorten {teacher.who}'s prompt, or choose a teacher with more "
                 "positions.",
             )
         if len(kept) < len(prompts):
@@ -165,5 +175,7 @@ def _digest(prompts: list[Prompt]) -> str:
         digest.update(array("q", (prompt.index, len(prompt.ids), *prompt.ids)).tobytes())
         if prompt.teacher_ids is not None:
             digest.update(array("q", (len(prompt.teacher_ids), *prompt.teacher_ids)).tobytes())
+        if prompt.mixture_ids is not None:  # the -1 tells them from a teacher's
+            digest.update(array("q", (-1, len(prompt.mixture_ids), *prompt.mixture_ids)).tobytes())
         digest.update(json.dumps([prompt.label, prompt.metadata], sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -42,6 +42,8 @@ class TeacherPrompts:
         names: teachers in the order of ``opd.config.teachers``.
         positions: tokens that each teacher can read; empty: not known.
         max_response_len: tokens of the longest answer.
+        flags: what the names of the prompt flags begin with, for messages.
+        who: what messages call this teacher.
     """
 
     prompt_key: str | None = None
@@ -51,10 +53,17 @@ class TeacherPrompts:
     names: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
     max_response_len: int = 1
+    flags: str = "--opd-teacher"
+    who: str = "the teacher"
+
+    @property
+    def shown(self) -> tuple[str | None, str | None, str | None]:
+        """What makes its prompt differ from the student's; nothing when all are None."""
+        return self.prompt_key, self.template, self.system_prompt
 
     @property
     def has_prompts(self) -> bool:
-        return not (self.prompt_key is None and self.template is None and self.system_prompt is None)
+        return self.shown != (None, None, None)
 
     def routes(self, rows: list[Row], metadata_key: str) -> list[int]:
         """The index of each row's teacher; 0 without routing.
@@ -89,7 +98,7 @@ class TeacherPrompts:
             bad = [(n, repr(f.get(self.prompt_key))[:SHOWN]) for n, f in rows if not is_prompt(f.get(self.prompt_key))]
             if bad:
                 raise TeacherRowError(
-                    f"`--opd-teacher-prompt-key={self.prompt_key}` names a field that must be text or a list of chat "
+                    f"`{self.flags}-prompt-key={self.prompt_key}` names a field that must be text or a list of chat "
                     "messages ({role, content})",
                     "Fix these rows, or name another field.",
                     bad,
@@ -123,8 +132,7 @@ class TeacherPrompts:
                 texts.append("".join(text + ("" if name is None else known[name]) for text, name in parts))
         if bad:
             raise TeacherRowError(
-                f"`--opd-teacher-prompt-template={self.template}` names fields that {len(bad)} of {len(rows)} rows "
-                "lack",
+                f"`{self.flags}-prompt-template={self.template}` names fields that {len(bad)} of {len(rows)} rows lack",
                 "Use fields that every row has; {prompt} is the student's, {label} that of --label-key.",
                 bad,
             )

@@ -11,13 +11,15 @@ import torch
 from opd.types import SamplingParams
 
 
-def request_noise(seed: int, key: int, count: int) -> torch.Tensor:
+def request_noise(seed: int, key: int, count: int, *, stream: int = 0) -> np.ndarray:
     """``count`` uniforms in [0, 1), float64, from a counter-based generator keyed by (seed, key).
 
-    The same request gets the same noise whatever runs beside it, so a resumed run repeats its draws.
+    The same request gets the same noise whatever runs beside it, so a resumed run repeats its draws. Streams are
+    independent of one another: one for each purpose that a token needs a number for.
     """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, key], dtype=np.uint64)))
-    return torch.from_numpy(generator.random(count))
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+    bits = np.random.Philox(key=np.array([seed, key], dtype=np.uint64), counter=counter)
+    return np.random.Generator(bits).random(count)
 
 
 def sample_tokens(
@@ -34,11 +36,19 @@ def sample_tokens(
         ids_B = logits_BV.argmax(-1)
     else:
         logprobs_BV = (logits_BV / params.temperature).log_softmax(-1)
-        cumulative_BV = truncate(logprobs_BV, top_k=params.top_k, top_p=params.top_p).exp().double().cumsum(-1)
-        total_B = cumulative_BV[:, -1]
-        target_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-        ids_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+        kept_BV = truncate(logprobs_BV, top_k=params.top_k, top_p=params.top_p)
+        ids_B = draw_weighted(kept_BV.exp(), uniforms_B)
     return ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0]
+
+
+def draw_weighted(weights_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """One id per row with probability proportional to its weight, by inversion of the cumulative sum. A weight of 0 is
+    never drawn; a row with NaN gives an id that means nothing."""
+    cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    total_B = cumulative_BV[:, -1]
+    target_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+    ids_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
+    return ids_B.clamp_max(weights_BV.shape[-1] - 1)
 
 
 def truncate(logprobs_BV: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:

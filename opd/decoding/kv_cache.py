@@ -26,26 +26,34 @@ class RaggedKVCache:
         shape = (model_config.num_hidden_layers, rows, heads, capacity, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self._rows_R1 = torch.empty(0, 1, dtype=torch.long)
-        self._positions_RT = torch.empty(0, 0, dtype=torch.long)
+        self._slots = torch.arange(capacity, device=device)
+        self._rows = torch.arange(rows, device=device)
+        self._read: slice | torch.Tensor = slice(0)
+        self._rows_R1 = self._rows[:0, None]
+        self._positions_RT = self._rows[:0, None]
         self._visible = 0
 
-    def place(self, rows_R: torch.Tensor, positions_RT: torch.Tensor) -> torch.Tensor:
-        """Says where the next forward's tokens go; returns its attention mask, bool [R, 1, T, visible slots]."""
-        self._rows_R1 = rows_R[:, None]
+    def place(self, rows: int | torch.Tensor, positions_RT: torch.Tensor, visible: int) -> torch.Tensor:
+        """Says where the next forward's tokens go; returns its attention mask, bool [R, 1, T, visible slots].
+
+        Args:
+            rows: the first so many rows, which are then read in place, or the numbers of others [R], which are copied.
+            visible: slots that attention reads: the largest position and one.
+        """
+        first = isinstance(rows, int)
+        self._read = slice(rows) if first else rows
+        self._rows_R1 = (self._rows[:rows] if first else rows)[:, None]
         self._positions_RT = positions_RT
-        self._visible = int(positions_RT.max()) + 1
-        slots = torch.arange(self._visible, device=positions_RT.device)
-        return (slots[None, None, :] <= positions_RT[:, :, None])[:, None]
+        self._visible = visible
+        return (self._slots[None, None, :visible] <= positions_RT[:, :, None])[:, None]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """transformers' hook: stores [R, K, T, D] and returns everything visible, [R, K, visible, D]."""
-        rows_R = self._rows_R1[:, 0]
         self.keys[layer][self._rows_R1, :, self._positions_RT] = keys.transpose(1, 2)
         self.values[layer][self._rows_R1, :, self._positions_RT] = values.transpose(1, 2)
-        return self.keys[layer][rows_R, :, : self._visible], self.values[layer][rows_R, :, : self._visible]
+        return self.keys[layer][self._read, :, : self._visible], self.values[layer][self._read, :, : self._visible]
 
     def get_seq_length(self, *_: Any) -> int:
         return 0  # positions are always given explicitly
@@ -54,3 +62,8 @@ class RaggedKVCache:
         """Copies the first ``length`` slots of some rows onto others."""
         self.keys[:, target_R, :, :length] = self.keys[:, source_R, :, :length]
         self.values[:, target_R, :, :length] = self.values[:, source_R, :, :length]
+
+    def clear_row(self, row: int) -> None:
+        """For a row that holds NaN: attention multiplies masked values by 0, which would hand it on."""
+        self.keys[:, row] = 0
+        self.values[:, row] = 0

@@ -1,14 +1,21 @@
 """One transformers model with the key/value cache of the answers it writes (or, as a teacher, reads along).
 
-Shape legend: R rows in use, U distinct prompts, T tokens, H hidden size, V vocabulary.
+Shape legend: R rows in use, U distinct prompts, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from opd.decoding.kv_cache import RaggedKVCache
+from opd.errors import UserError
+
+PREFILL_TOKENS = 16_384  # of one forward pass, padding included
+LEAST_FILL = 0.75  # of a padded row: prompts that are shorter go into the next pass
 
 
 class RaggedDecoder:
@@ -16,58 +23,96 @@ class RaggedDecoder:
     Args:
         rows: answers at the same time.
         capacity: tokens of prompt and answer in one row.
+
+    Raises:
+        UserError: a model whose attention this cache cannot serve.
     """
 
     def __init__(self, model: nn.Module, *, rows: int, capacity: int) -> None:
+        check_full_attention(model.config)
         self._model = model
         weight = model.get_input_embeddings().weight
-        self._device = weight.device
+        self.device = weight.device
         self._cache = RaggedKVCache(
             model.config, rows=rows, capacity=capacity, dtype=weight.dtype, device=weight.device
         )
 
-    def prefill(self, prompts: dict[int, tuple[int, ...]]) -> torch.Tensor:
-        """Logits [R, V] after the prompt of each cache row. Equal prompts are computed once and their cache copied."""
+    def prefill(self, prompts: Mapping[int, tuple[int, ...]]) -> None:
+        """Reads the prompt of each cache row, all but its last token: that one starts the answer.
+
+        Equal prompts are computed once and their cache copied; prompts of about one length share a pass.
+        """
         first_row: dict[tuple[int, ...], int] = {}
         for row, prompt in prompts.items():
-            first_row.setdefault(prompt, row)
-        distinct = list(first_row)
-        length = max(map(len, distinct))
-        ids_UT = torch.zeros(len(distinct), length, dtype=torch.long)
-        for i, prompt in enumerate(distinct):
-            ids_UT[i, : len(prompt)] = torch.tensor(prompt)  # right padding: hidden by the mask, then overwritten
-        positions_UT = torch.arange(length, device=self._device).expand(len(distinct), -1)
-        rows_U = self._tensor(list(first_row.values()))
-        last_U = self._tensor([len(p) - 1 for p in distinct])
-        logits_UV = self._forward(ids_UT.to(self._device), rows_U, positions_UT, last_U)
+            first_row.setdefault(prompt[:-1], row)
+        for group in _by_length([prompt for prompt in first_row if prompt]):
+            self._read(group, [first_row[prompt] for prompt in group])
+        copies = [(first_row[p[:-1]], row) for row, p in prompts.items() if first_row[p[:-1]] != row and len(p) > 1]
+        if copies:
+            source_R, target_R = self._tensor(copies).unbind(1)
+            self._cache.copy_rows(source_R, target_R, max(map(len, first_row)))
 
-        source_R = self._tensor([first_row[p] for p in prompts.values()])
-        target_R = self._tensor(list(prompts))
-        copies_R = source_R != target_R
-        if bool(copies_R.any()):
-            self._cache.copy_rows(source_R[copies_R], target_R[copies_R], length)
-        index = {p: i for i, p in enumerate(distinct)}
-        return logits_UV[self._tensor([index[p] for p in prompts.values()])]
+    def extend(self, ids_RT: torch.Tensor, starts_R: torch.Tensor, *, visible: int) -> torch.Tensor:
+        """Logits [R, T, V] after each of T more tokens in the first R cache rows.
 
-    def append(self, tokens: dict[int, tuple[int, int]]) -> torch.Tensor:
-        """Logits [R, V] after one more (token, its position) in each cache row."""
-        ids_R, positions_R = self._tensor(list(tokens.values())).unbind(1)
-        rows_R = self._tensor(list(tokens))
-        return self._forward(ids_R[:, None], rows_R, positions_R[:, None], torch.zeros_like(rows_R))
-
-    def _forward(
-        self, ids_RT: torch.Tensor, rows_R: torch.Tensor, positions_RT: torch.Tensor, last_R: torch.Tensor
-    ) -> torch.Tensor:
-        mask = self._cache.place(rows_R, positions_RT)
-        hidden_RTH = self._model.model(
+        Args:
+            starts_R: position of each row's first new token.
+            visible: the largest position among the new tokens, and one.
+        """
+        positions_RT = starts_R[:, None] + torch.arange(ids_RT.shape[1], device=self.device)
+        mask = self._cache.place(len(ids_RT), positions_RT, visible)
+        return self._model(
             input_ids=ids_RT,
             position_ids=positions_RT,
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
-        ).last_hidden_state
-        hidden_RH = hidden_RTH[torch.arange(len(last_R), device=self._device), last_R]
-        return self._model.lm_head(hidden_RH)
+        ).logits
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Puts the first ``length`` tokens of one row into another."""
+        self._cache.copy_rows(self._tensor([source]), self._tensor([target]), length)
+
+    def clear_row(self, row: int) -> None:
+        self._cache.clear_row(row)
+
+    def _read(self, prompts_U: list[tuple[int, ...]], rows_U: list[int]) -> None:
+        length = max(map(len, prompts_U))
+        padded_UT = [[*prompt, *[0] * (length - len(prompt))] for prompt in prompts_U]  # hidden, then overwritten
+        positions_UT = torch.arange(length, device=self.device).expand(len(prompts_U), -1)
+        mask = self._cache.place(self._tensor(rows_U), positions_UT, length)
+        self._model.model(
+            input_ids=self._tensor(padded_UT),
+            position_ids=positions_UT,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
 
     def _tensor(self, values: list) -> torch.Tensor:
-        return torch.tensor(values, device=self._device)
+        return torch.tensor(values, device=self.device)
+
+
+def check_full_attention(model_config: Any) -> None:
+    """
+    Raises:
+        UserError: a layer that does not attend to everything before it, or keeps other things than keys and values.
+    """
+    kinds = set(getattr(model_config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or not hasattr(model_config, "num_key_value_heads"):
+        raise UserError(
+            f"model type `{model_config.model_type}` (layers: {', '.join(sorted(kinds))}) cannot be decoded in this "
+            "process: only plain full attention over keys and values is supported. Serve it with SGLang instead."
+        )
+
+
+def _by_length(prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Groups of prompts that fit together into one padded pass."""
+    group: list[tuple[int, ...]] = []
+    for prompt in sorted(prompts, key=len, reverse=True):
+        if group and (len(prompt) < LEAST_FILL * len(group[0]) or (len(group) + 1) * len(group[0]) > PREFILL_TOKENS):
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group

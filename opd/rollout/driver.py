@@ -28,7 +28,7 @@ class RolloutResult:
     rewards: list[float]  # what the estimator uses, after post-processing
     seconds_generation: float
     seconds_scoring_tail: float  # waited for rewards and teacher after the last answer
-    scoring: dict[str, float]  # counters of the teacher's client; empty without one
+    scoring: dict[str, float]  # by metric: of the teacher's client, of an engine in which a teacher helps to write
 
 
 class RolloutDriver:
@@ -75,17 +75,29 @@ class RolloutDriver:
         """
         started = time.monotonic()
         samples = self._new_samples(prompts, samples_per_prompt, first_index)
-        requests = [GenerationRequest(key=s.index, prompt_ids=tuple(s.tokens)) for s in samples]
+        requests = [
+            GenerationRequest(
+                key=sample.index,
+                prompt_ids=tuple(sample.tokens),
+                teacher_prompt_ids=prompts[sample.group_index].mixture_ids,
+            )
+            for sample in samples
+        ]
         by_key = {s.index: s for s in samples}
         rewards: list[tuple[Sample, Future[Any]]] = []
+        failed: list[GenerationResult] = []
         for result in self.engine.generate(requests, params):
             sample = by_key[result.key]
             self._fill_in(sample, result)
             advance(sample.response_length)
             if sample.status is SampleStatus.ABORTED:
                 sample.reward = 0.0
+                failed += [result] if result.error is not None else []
             else:
                 rewards.append(self._start_reward(sample))
+        if failed:
+            message = "%d of %d answers could not be written and are left out; the first is number %d: %s"
+            logger.warning(message, len(failed), len(samples), failed[0].key, failed[0].error)
         return self._finish(samples, rewards, started)
 
     def score(self, samples: list[Sample]) -> RolloutResult:

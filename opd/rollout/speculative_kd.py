@@ -8,7 +8,7 @@ Shape legend: R answers being written, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -16,11 +16,12 @@ from torch import nn
 from opd.decoding.draws import sample_tokens
 from opd.decoding.loop import write_answers
 from opd.rollout.torch_engine import TorchEngine
+from opd.rollout.with_teacher import EngineWithTeacher, check_whole_distributions
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
 
 
-class SpeculativeKDEngine:
-    """``RolloutEngine`` of a student and a frozen teacher in this process, one token of both at a time.
+class SpeculativeKDEngine(EngineWithTeacher):
+    """A student and a frozen teacher in this process, one token of both at a time.
 
     The behaviour distribution at a prefix is, with ``s`` and ``t`` the softmax of the student's and the teacher's
     logits, both divided by the rollout temperature and over the whole vocabulary, and ``K(t)`` the teacher's K
@@ -28,18 +29,13 @@ class SpeculativeKDEngine:
 
         q(a) = s(a) [a in K(t)] + (1 - s(K(t))) t(a)
 
-    A replacement may be any token of the vocabulary, as in the paper. Results carry ``log q``: they are off-policy for
-    the student.
-
-    Args:
-        student: writes alone where answers must be the student's own, as in evaluation. Its weights are synced; the
-            teacher's never change.
-        teacher: a ``ForCausalLM`` model with the student's vocabulary, on the student's device.
+    A replacement may be any token of the vocabulary, as in the paper.
     """
 
+    stats_prefix = "teacher_"
+
     def __init__(self, student: TorchEngine, teacher: nn.Module, *, top_k: int) -> None:
-        self.student = student
-        self._teacher = teacher.eval().requires_grad_(False)
+        super().__init__(student, teacher)
         self._top_k = top_k
         self._written = 0
         self._replaced = 0
@@ -51,11 +47,7 @@ class SpeculativeKDEngine:
             ValueError: a prompt that leaves no room for an answer, or a temperature, top-p or top-k under which ``q``
                 is not the distribution above.
         """
-        if params.temperature <= 0 or params.top_p < 1 or params.top_k > 0:
-            raise ValueError(
-                f"temperature {params.temperature}, top-p {params.top_p}, top-k {params.top_k}: speculative KD samples "
-                "from whole distributions at a temperature above 0. Let the student alone write greedy answers"
-            )
+        check_whole_distributions(params, who="speculative KD")
 
         def draw(logits: list[torch.Tensor], uniforms_R2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             ids_R, logprobs_R, replaced_R = draw_tokens(*logits, uniforms_R2, params, top_k=self._top_k)
@@ -64,7 +56,7 @@ class SpeculativeKDEngine:
             return ids_R, logprobs_R
 
         return write_answers(
-            [self.student.model, self._teacher],
+            [self.student.model, self.teacher],
             requests,
             params,
             draw,
@@ -74,14 +66,6 @@ class SpeculativeKDEngine:
             weight_version=self.student.weight_version,
         )
 
-    def set_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """See ``RolloutEngine.set_weights``: the student's."""
-        self.student.set_weights(named_tensors, version=version)
-
-    def verify(self, tokens: list[int], expected_logprobs: list[float], *, tolerance: float) -> float:
-        """See ``RolloutEngine.verify``: the student's."""
-        return self.student.verify(tokens, expected_logprobs, tolerance=tolerance)
-
     def take_stats(self) -> dict[str, float]:
         """``replaced_share``: tokens that the teacher replaced, of those written since the last call."""
         if self._written == 0:
@@ -89,9 +73,6 @@ class SpeculativeKDEngine:
         share = self._replaced / self._written
         self._written = self._replaced = 0
         return {"replaced_share": share}
-
-    def close(self) -> None:
-        self.student.close()
 
 
 def draw_tokens(

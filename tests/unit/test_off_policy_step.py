@@ -46,7 +46,7 @@ def own(count: int) -> RolloutResult:
         rewards=rewards,
         seconds_generation=2.0,
         seconds_scoring_tail=1.0,
-        scoring={"requests": 3.0},
+        scoring={"teacher_requests": 3.0},
     )
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -52,5 +53,6 @@ def test_noise_belongs_to_the_request():
     assert request_noise(1, 2, 5).tolist() == request_noise(1, 2, 9)[:5].tolist()
     assert request_noise(1, 2, 5).tolist() != request_noise(1, 3, 5).tolist()
     assert request_noise(1, 2, 5).tolist() != request_noise(2, 2, 5).tolist()
-    many = torch.cat([request_noise(42, key, 50) for key in range(400)])
+    assert request_noise(1, 2, 5).tolist() != request_noise(1, 2, 5, stream=1).tolist()
+    many = np.concatenate([request_noise(42, key, 50, stream=key % 3) for key in range(400)])
     assert abs(many.mean().item() - 0.5) < 0.01 and abs(many.var().item() - 1 / 12) < 0.003

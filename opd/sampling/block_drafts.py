@@ -1,0 +1,134 @@
+"""The two requests of the block protocol: the student's server drafts a block, the teacher's scores it.
+
+Shape legend: B drafted tokens, K likely tokens at each position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opd.sampling.sparse_mixture import LikelyTokens
+from opd.serving.http import JsonClient
+from opd.serving.top_logprobs import top_request, top_rows
+from opd.teachers.sglang_teacher import TeacherScoreError, response_logprobs
+
+# The log-prob of a token is sent once with the token and once among the likely ones: the same float32 number.
+SAME_NATS = 1e-4
+
+
+class BlockError(RuntimeError):
+    """An answer of a server that cannot be used; only the text it belongs to ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    ids: list[int]
+    likely: LikelyTokens  # at the sampling temperature
+    weight_version: int | None
+
+
+async def draft_block(
+    client: JsonClient,
+    tokens: list[int],
+    *,
+    count: int,
+    temperature: float,
+    stop_token_ids: tuple[int, ...],
+    top_k: int,
+    give_up: Callable[[], bool],
+) -> Draft:
+    """At most ``count`` tokens after ``tokens``, from the whole vocabulary; a stop token is the last.
+
+    Raises:
+        HttpError: the server could not be used.
+        BlockError: its answer is no draft.
+    """
+    payload = {
+        "input_ids": tokens,
+        "sampling_params": {
+            "temperature": temperature,
+            # Named, since a server may have other defaults: the reported log-probs know nothing of a truncation.
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "max_new_tokens": count,
+            "stop_token_ids": list(stop_token_ids) or None,
+            "ignore_eos": not stop_token_ids,
+        },
+        "return_logprob": True,
+        **top_request("output", top_k),
+    }
+    answer = await client.post("/generate", payload, give_up=give_up)
+    try:
+        meta, ids = answer["meta_info"], answer["output_ids"]
+        if meta["finish_reason"]["type"] == "abort":
+            raise BlockError(f"the student's server gave the draft up: {meta['finish_reason'].get('message')}")
+        entries = meta["output_token_logprobs"]
+        logprobs, of_ids = [entry[0] for entry in entries], [entry[1] for entry in entries]
+        version = str(meta.get("weight_version", ""))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise BlockError(f"the student's server returned no draft with log-probs ({error!r})") from error
+    if not ids or of_ids != ids or len(ids) > count:
+        raise BlockError(f"the student's server drafted {len(ids)} tokens of {count} and sent {len(of_ids)} log-probs")
+    likely = likely_tokens(meta, "output", len(ids), top_k, "student")
+    _check_draft(likely, ids, logprobs)
+    return Draft(ids=ids, likely=likely, weight_version=int(version) if version.isdecimal() else None)
+
+
+async def score_block(
+    client: JsonClient, tokens: list[int], *, count: int, top_k: int, give_up: Callable[[], bool]
+) -> LikelyTokens:
+    """What the teacher finds likely at each of the last ``count`` tokens, at temperature 1.
+
+    The start lets the server's prefix cache serve all that came before the block.
+
+    Raises:
+        HttpError: the server could not be used.
+        BlockError: its answer is no score of these tokens.
+    """
+    payload = {
+        "input_ids": tokens,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": len(tokens) - count - 1,
+        **top_request("input", top_k),
+        # Without it the likely tokens after the block come too, as a list that is longer than a small block's score.
+        "return_flat_raw_output_top_logprobs": True,
+    }
+    answer = await client.post("/generate", payload, give_up=give_up)
+    try:
+        response_logprobs(answer, tokens, count)
+    except TeacherScoreError as error:
+        raise BlockError(f"the teacher's server returned no score of the draft: {error}") from error
+    return likely_tokens(answer["meta_info"], "input", count, top_k, "teacher")
+
+
+def likely_tokens(meta: dict[str, Any], side: str, positions: int, top_k: int, whose: str) -> LikelyTokens:
+    try:
+        ids_BK, logprobs_BK = top_rows(meta, side, positions=positions, count=top_k)
+    except ValueError as error:
+        raise BlockError(f"the {whose}'s server returned no {top_k} likeliest tokens: {error}") from error
+    likely = LikelyTokens(torch.from_numpy(ids_BK), torch.from_numpy(logprobs_BK))
+    best_B = likely.logprobs_BK.amax(-1)
+    if not bool(best_B.isfinite().all()) or bool(likely.logprobs_BK.isnan().any()):
+        raise BlockError(f"the {whose}'s server returned log-probs that are NaN or infinite: its logits are")
+    return likely
+
+
+def _check_draft(likely: LikelyTokens, ids: list[int], logprobs: list[Any]) -> None:
+    """That the likely tokens belong to the draft: each token is one of them, or no likelier than any of them."""
+    for position, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+        if not isinstance(logprob, int | float):
+            raise BlockError(f"the student's server returned {logprob!r} as a log-prob of draft token {position}")
+        here_K = likely.logprobs_BK[position]
+        mine = here_K[likely.ids_BK[position] == token]
+        expected = float(mine[0]) if len(mine) else min(logprob, float(here_K.min()))
+        if not abs(logprob - expected) <= SAME_NATS * max(1.0, abs(expected)):
+            raise BlockError(
+                f"the student's server drafted id {token} with log-prob {logprob:.6g}, and its {len(here_K)} likeliest "
+                f"tokens there say {expected:.6g}: they are of another distribution than the draft"
+            )

@@ -1,0 +1,244 @@
+"""The mixture of two models that are too large for one process: each on its own SGLang server.
+
+One answer is written in blocks. The student's server drafts k tokens and sends its K likeliest at each; the teacher's
+server scores them in one request that computes these k positions only, its prefix cache serving the rest; here the
+drafts are kept or replaced so that every token has the distribution ``q`` of ``opd.sampling.sparse_mixture``. Many
+answers are in flight, so that the servers work on some while others are on the wire or with the other server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from opd.background_loop import BackgroundLoop
+from opd.decoding.draft_length import DraftLength
+from opd.decoding.draws import request_noise
+from opd.decoding.loop import prompt_problem
+from opd.decoding.stats import MixtureStats
+from opd.errors import EngineError
+from opd.sampling.block_drafts import BlockError, draft_block, score_block
+from opd.sampling.block_length import BlockLength
+from opd.sampling.sparse_mixture import JudgedBlock, judge_block
+from opd.serving.http import HttpError, JsonClient, base_url
+from opd.types import GenerationRequest, GenerationResult, Mixture, SampleStatus, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+LONGEST_DRAFT = 24  # tokens, when the length is adapted
+TROUBLE_SECONDS = 30.0
+VERDICT, REPLACEMENT = 1, 2  # streams of the noise, as in opd.decoding.speculative
+
+
+@dataclass(kw_only=True)
+class BlockStats(MixtureStats):
+    """A round is one block of one answer."""
+
+    drafted: int = 0  # tokens that the student's server drew
+    outside: int = 0  # judged drafts outside the student's K likeliest tokens, rejected for that
+    alone: int = 0  # response tokens where the two models' K had none in common
+    bytes: int = 0  # of both servers' answers
+
+
+@dataclass
+class _Server:
+    name: str  # student or teacher
+    client: JsonClient
+    trouble_until: float = 0.0
+
+    def in_trouble(self) -> bool:
+        """Whether a request was just given up on: its siblings then do not try again, so that a hung server costs a
+        time-out or two and not one for each answer and retry."""
+        return time.monotonic() < self.trouble_until
+
+    async def is_gone(self) -> bool:
+        """Whether nothing answers at the address any more."""
+        probe = JsonClient(self.client.base_url, self.client.timeout_s, 0, 1, self.client.api_key)
+        try:
+            await probe.get("/health")
+        except HttpError as error:
+            return error.reason == "unreachable"
+        finally:
+            await probe.close()
+        return False
+
+
+@dataclass
+class _Answer:
+    """One answer being written."""
+
+    request: GenerationRequest
+    limit: int  # response tokens at most
+    verdict_noise_L: torch.Tensor
+    replacement_noise_L: torch.Tensor
+    ids: list[int] = field(default_factory=list)
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # fields of GenerationResult, one entry per token
+    weight_version: int | None = None
+
+    @property
+    def teacher_prompt(self) -> tuple[int, ...]:
+        given = self.request.teacher_prompt_ids
+        return self.request.prompt_ids if given is None else given
+
+
+class SGLangMixture:
+    """Exact for the distribution that each model's K likeliest tokens define: ``q`` is the mixture of the student's and
+    the teacher's top K, each renormalised. As K grows to the vocabulary it becomes the mixture of the whole models.
+
+    The verdict on each draft and the replacement of a rejected one are drawn from (seed, request key, position). The
+    drafts are drawn by the student's server, from noise of its own: two runs of one seed differ.
+
+    Args:
+        student_url, teacher_url: the servers' addresses.
+        top_k: K.
+        draft_tokens: of a block; None: adapted to the measured acceptance and times.
+        concurrency: answers in flight.
+        max_context_len: tokens of the student's prompt and the answer.
+        teacher_max_context_len: of the teacher's; as the student's without it.
+        timeout_s: for one attempt of one request.
+        retries: further attempts on connection errors, time-outs and 5xx answers.
+        weight_version: of results, where the student's server names none.
+    """
+
+    def __init__(
+        self,
+        student_url: str,
+        teacher_url: str,
+        *,
+        top_k: int = 64,
+        draft_tokens: int | None = None,
+        concurrency: int = 64,
+        max_context_len: int,
+        teacher_max_context_len: int | None = None,
+        timeout_s: float = 600.0,
+        retries: int = 3,
+        api_key: str | None = None,
+        weight_version: int = 0,
+    ) -> None:
+        for name, value in (("top_k", top_k), ("draft_tokens", draft_tokens), ("concurrency", concurrency)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.top_k = top_k
+        self.weight_version = weight_version
+        self.stats = BlockStats()
+        self._student, self._teacher = (
+            _Server(name, JsonClient(base_url(url), timeout_s, retries, concurrency, api_key))
+            for name, url in (("student", student_url), ("teacher", teacher_url))
+        )
+        self._contexts = (max_context_len, teacher_max_context_len or max_context_len)
+        self._concurrency = concurrency
+        self._length = BlockLength(DraftLength(draft_tokens, longest=LONGEST_DRAFT))
+        self._loop = BackgroundLoop("sglang mixture")
+
+    def generate(
+        self, requests: list[GenerationRequest], params: SamplingParams, mixture: Mixture
+    ) -> Iterator[GenerationResult]:
+        """Yields one result per request, each as soon as it is finished; one that cannot be written is ABORTED, carries
+        its ``error`` and what was written before, and the others go on.
+
+        ``params.top_k`` sets a smaller K than ``top_k``; ``params.top_p`` applies within the K tokens of either model.
+        What the results' log-probs of student and teacher are: ``opd.sampling.sparse_mixture.JudgedBlock``.
+
+        Raises:
+            ValueError: sampling parameters for which ``q`` is not known from K tokens.
+            EngineError: nothing answers at a server's address any more.
+        """
+        self._check(params)
+        return self._results(requests, params, mixture)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._loop.close()
+
+    def _check(self, params: SamplingParams) -> None:
+        if not params.temperature > 0:
+            raise ValueError(
+                f"temperature={params.temperature} must be above 0 to draw from a mixture: at 0 each model has a single "
+                "token, and where the two differ there is nothing to mix"
+            )
+        if params.top_k > self.top_k:
+            raise ValueError(
+                f"top_k={params.top_k} asks for more likely tokens than the {self.top_k} that the servers send. Make the "
+                f"SGLangMixture with top_k={params.top_k}"
+            )
+        if not 0 < params.top_p <= 1:
+            raise ValueError(f"top_p={params.top_p} must be above 0 and at most 1 (1: off)")
+        if params.top_ids > self._kept(params):
+            raise ValueError(
+                f"top_ids={params.top_ids} asks to report more likely tokens than the {self._kept(params)} that the "
+                "student's server sends"
+            )
+
+    def _kept(self, params: SamplingParams) -> int:
+        return params.top_k if params.top_k > 0 else self.top_k
+
+    def _results(
+        self, requests: list[GenerationRequest], params: SamplingParams, mixture: Mixture
+    ) -> Iterator[GenerationResult]:
+        finished: queue.SimpleQueue[GenerationResult | BaseException] = queue.SimpleQueue()
+        started = time.perf_counter()
+        before = self._bytes()
+        work = self._loop.submit(self._write_all(requests, params, mixture, finished.put))
+        try:
+            for _ in requests:
+                result = finished.get()
+                if isinstance(result, BaseException):
+                    raise result
+                self.stats.tokens += len(result.response_ids)
+                yield result
+        finally:
+            work.cancel()
+            self.stats.seconds += time.perf_counter() - started
+            self.stats.bytes += self._bytes() - before
+
+    def _bytes(self) -> int:
+        return self._student.client.stats.bytes + self._teacher.client.stats.bytes
+
+    async def _write_all(
+        self, requests: list[GenerationRequest], params: SamplingParams, mixture: Mixture, put: Callable[[Any], None]
+    ) -> None:
+        """Puts one result per request, or the first error and nothing more."""
+        slots = asyncio.Semaphore(self._concurrency)
+
+        async def one(request: GenerationRequest) -> None:
+            async with slots:
+                put(await self._write_one(request, params, mixture))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for request in requests:
+                    group.create_task(one(request))
+        except BaseExceptionGroup as errors:
+            put(errors.exceptions[0])
+
+    async def _write_one(
+        self, request: GenerationRequest, params: SamplingParams, mixture: Mixture
+    ) -> GenerationResult:
+        answer = _Answer(request, 0, torch.empty(0), torch.empty(0), weight_version=self.weight_version)
+        prompts = (request.prompt_ids, answer.teacher_prompt)
+        problem = prompt_problem([len(prompt) for prompt in prompts], self._contexts)
+        if problem is not None:
+            return _result(answer, SampleStatus.ABORTED, error=problem)
+        room = (context - len(prompt) for context, prompt in zip(self._contexts, prompts, strict=True))
+        answer.limit = min(params.max_new_tokens, *room)
+        answer.verdict_noise_L, answer.replacement_noise_L = (
+            torch.from_numpy(request_noise(params.seed, request.key, answer.limit, stream=stream))
+            for stream in (VERDICT, REPLACEMENT)
+        )
+        server = self._student
+        with self._length.answering():
+            while len(answer.ids) < answer.limit:
+                try:
+                    await self._write_block(answer, params, mixture)
+                except (HttpError, BlockError) as error:
+                    ...
+                if answer.ids[-1] in params.stop_token_ids:
+                    return _result(answer, SampleStatus.COMPLETED)
+        return _result(answer, SampleStatus.TRUNCATED)
