@@ -137,7 +137,10 @@ def _teacher_rules(config: Config) -> Iterator[str]:
             got = "that of `--rm-url` is in another process"
         elif opd.opd_teacher_self is not None:
             got = f"{flag_text('opd_teacher_self', opd.opd_teacher_self)} is no folder, and not the student as it is"
-        yield f"{ENGINE} needs a teacher that writes ({got}). Give its Hugging Face folder with `--mixture-teacher-load`."
+        yield (
+            f"{ENGINE} needs a teacher that writes ({got}). Give its Hugging Face folder with "
+            "`--mixture-teacher-load`."
+        )
     elif teacher.folder is None and mixture.mixture_draft_tokens is not None:
         yield (
             f"{flag_text('mixture_draft_tokens', mixture.mixture_draft_tokens)} with {teacher.shown}: one model that "
@@ -174,9 +177,9 @@ def mixture_model_rules(config: Config, student: ModelFacts) -> Iterator[str]:
     facts = mixing_teacher_facts(teacher, student)
     if facts.vocab_size != student.vocab_size:
         yield (
-            f"{teacher.shown} has a vocabulary of {facts.vocab_size} and `--hf-checkpoint` one of {student.vocab_size}: "
-            "a mixture weighs both models' probabilities of the same token. Choose a teacher with the student's "
-            "tokenizer and vocabulary."
+            f"{teacher.shown} has a vocabulary of {facts.vocab_size} and `--hf-checkpoint` one of "
+            f"{student.vocab_size}: a mixture weighs both models' probabilities of the same token. Choose a teacher "
+            "with the student's tokenizer and vocabulary."
         )
     answer = config.rollout.rollout_max_response_len
     if answer >= facts.max_position_embeddings:

@@ -157,8 +157,8 @@ def writing_teacher_file_rules(config: Config) -> Iterator[str]:
     elif not (folder / "config.json").is_file():
         yield (
             f"{flag_text('rollout_engine', config.rollout.rollout_engine)} needs a Hugging Face folder in {shown}, "
-            "and this is none: the engine decodes with the teacher as a transformers model. Convert a torch_dist folder "
-            "with tools/convert_torch_dist_to_hf.py, and give the result."
+            "and this is none: the engine decodes with the teacher as a transformers model. Convert a torch_dist "
+            "folder with tools/convert_torch_dist_to_hf.py, and give the result."
         )
     elif not any(folder.glob("*.safetensors")) and not config.output.dry_run:
         yield f"{shown} holds config.json but no weights (*.safetensors). Give a complete model folder."

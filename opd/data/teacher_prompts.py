@@ -105,8 +105,14 @@ class TeacherPrompts:
                 )
             values = [fields[self.prompt_key] for _, fields in rows]
         elif self.template is not None:
-            texts = self._fill_in(rows, input_key, label_key, metadata_key)
-            values = [_with_last_user_message(f[input_key], text) for (_, f), text in zip(rows, texts, strict=True)]
+            values = prompts_from_template(
+                self.template,
+                rows,
+                flag=f"{self.flags}-prompt-template",
+                input_key=input_key,
+                label_key=label_key,
+                metadata_key=metadata_key,
+            )
         else:
             values = [fields[input_key] for _, fields in rows]
         return values if self.system_prompt is None else [self._with_system(value) for value in values]
@@ -118,30 +124,43 @@ class TeacherPrompts:
         limit = self.positions[teacher] if self.route_key is not None else min(self.positions)
         return tokens <= limit
 
-    def _fill_in(self, rows: list[Row], input_key: str, label_key: str | None, metadata_key: str) -> list[str]:
-        parts = [(text, name) for text, name, _, _ in string.Formatter().parse(str(self.template))]
-        texts, bad = [], []
-        for number, fields in rows:
-            known = _placeholders(fields, input_key, label_key, metadata_key)
-            unknown = sorted({name for _, name in parts if name is not None and known.get(name) is None})
-            if unknown:
-                bad.append(
-                    (number, f"no {', '.join(unknown)}; it has {', '.join(k for k in known if known[k] is not None)}")
-                )
-            else:
-                texts.append("".join(text + ("" if name is None else known[name]) for text, name in parts))
-        if bad:
-            raise TeacherRowError(
-                f"`{self.flags}-prompt-template={self.template}` names fields that {len(bad)} of {len(rows)} rows lack",
-                "Use fields that every row has; {prompt} is the student's, {label} that of --label-key.",
-                bad,
-            )
-        return texts
-
     def _with_system(self, value: Any) -> list[dict[str, Any]]:
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
         rest = messages[1:] if messages[0]["role"] == "system" else messages
         return [{"role": "system", "content": self.system_prompt}, *rest]
+
+
+def prompts_from_template(
+    template: str, rows: list[Row], *, flag: str, input_key: str, label_key: str | None, metadata_key: str
+) -> list[Any]:
+    """The template filled in for each row: a text where the row's prompt is one, else the row's chat with its last user
+    message replaced.
+
+    Args:
+        flag: that gave the template, for messages.
+
+    Raises:
+        TeacherRowError: a row without one of the fields.
+    """
+    parts = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
+    values, bad = [], []
+    for number, fields in rows:
+        known = _placeholders(fields, input_key, label_key, metadata_key)
+        unknown = sorted({name for _, name in parts if name is not None and known.get(name) is None})
+        if unknown:
+            bad.append(
+                (number, f"no {', '.join(unknown)}; it has {', '.join(k for k in known if known[k] is not None)}")
+            )
+        else:
+            filled = "".join(text + ("" if name is None else known[name]) for text, name in parts)
+            values.append(_with_last_user_message(fields[input_key], filled))
+    if bad:
+        raise TeacherRowError(
+            f"`{flag}={template}` names fields that {len(bad)} of {len(rows)} rows lack",
+            "Use fields that every row has; {prompt} is the student's, {label} that of --label-key.",
+            bad,
+        )
+    return values
 
 
 def is_prompt(value: Any) -> bool:

@@ -30,7 +30,7 @@ def write_mixture(
     mixture: Mixture,
     *,
     engine: str = "speculative",
-    draft_tokens: int | None = None,
+    draft_tokens: int | DraftLength | None = None,
     vocab_size: int | None = None,
     max_running_requests: int,
     max_context_len: int,
@@ -46,7 +46,8 @@ def write_mixture(
             is two views of one model: they advance in lock-step and in one pass, since a draft would then cost as much
             as it saves.
         engine: "speculative"; "lockstep", one pass of each model per token; "teacher" or "student" alone.
-        draft_tokens: of a speculative round; None: adapted to the acceptance and the times measured.
+        draft_tokens: of a speculative round; None: adapted to the acceptance and the times measured. A ``DraftLength``
+            keeps what it measured from one call to the next.
         vocab_size: logits beyond are cut off; the narrower of the two heads without it.
         max_context_len: tokens of the student's prompt and the answer.
         teacher_max_context_len: of the teacher's; as the student's without it.
@@ -57,7 +58,7 @@ def write_mixture(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is none of {', '.join(ENGINES)}")
-    if draft_tokens is not None and draft_tokens < 1:
+    if isinstance(draft_tokens, int) and draft_tokens < 1:
         raise ValueError(f"draft_tokens={draft_tokens} must be at least 1, or None to adapt it")
     if engine in ("speculative", "lockstep") and params.temperature <= 0:
         raise ValueError(f"temperature={params.temperature} must be above 0 to draw from a mixture")
@@ -87,7 +88,7 @@ def _writer(
     teacher: nn.Module,
     params: SamplingParams,
     mixture: Mixture,
-    draft_tokens: int | None,
+    draft_tokens: int | DraftLength | None,
     stats: MixtureStats,
 ) -> Writer:
     if engine in ("teacher", "student"):
@@ -97,7 +98,8 @@ def _writer(
     if engine == "lockstep" or student is teacher:
         views = [View(model=student), View(model=teacher, is_teacher=True)]
         return LockStep(views, partial(_draw_mixed, draws=draws, stats=stats), 1)
-    return Speculative(student, teacher, draws, DraftLength(draft_tokens), stats)
+    length = draft_tokens if isinstance(draft_tokens, DraftLength) else DraftLength(draft_tokens)
+    return Speculative(student, teacher, draws, length, stats)
 
 
 def _draw_alone(

@@ -6,7 +6,7 @@ Shape legend: B positions (of several answers), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -60,6 +60,11 @@ class MixtureDraws:
     def mix(self, student: Scaled, teacher: Scaled) -> Mixed:
         rule = self._mixture
         return mix(student.kept_BV, teacher.kept_BV, method=rule.method, fixed_alpha=rule.fixed_alpha, scale=rule.scale)
+
+
+def rows_of(mixed: Mixed, index_J: torch.Tensor) -> Mixed:
+    """The mixture of some rows."""
+    return Mixed(**{field.name: getattr(mixed, field.name)[index_J] for field in fields(mixed)})
 
 
 def columns_of(mixed: Mixed, student: Scaled, teacher: Scaled, ids_B: torch.Tensor) -> dict[str, torch.Tensor]:

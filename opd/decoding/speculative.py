@@ -21,7 +21,7 @@ from torch import nn
 from opd.decoding.draft_length import DraftLength
 from opd.decoding.draws import draw_weighted
 from opd.decoding.loop import Answer, Chunk, chunk
-from opd.decoding.mixture_draws import MixtureDraws, Scaled, columns_of
+from opd.decoding.mixture_draws import MixtureDraws, Scaled, columns_of, rows_of
 from opd.decoding.stats import MixtureStats
 from opd.decoding.views import View, Views
 from opd.maths.mixture import mixed_logprobs, mixed_logprobs_at
@@ -61,7 +61,7 @@ class Speculative:
         rejected = [(row, count) for row, count in enumerate(kept) if count < k]
         if rejected:
             where = torch.tensor([row * k + count for row, count in rejected], device=caches.device)
-            log_q_JV = mixed_logprobs(mixed.rows(where), student.kept_BV[where], teacher.kept_BV[where])
+            log_q_JV = mixed_logprobs(rows_of(mixed, where), student.kept_BV[where], teacher.kept_BV[where])
             log_s_JV = student.kept_BV[where] - mixed.student_norm_B[where][:, None]
             noise_J = uniforms_RKD[..., REPLACEMENT].flatten()[where]
             fixed_J = draw_weighted(replacement_weights(log_s_JV, log_q_JV), noise_J)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from opd.decoding.draft_length import DraftLength
@@ -80,6 +81,9 @@ class LocalModels:
             stats=counters,
         )
 
+    def close(self) -> None:
+        """Nothing was started."""
+
 
 class ServedModels:
     """Two SGLang servers; exact for the distributions that the ``top_k`` likeliest tokens of each model define.
@@ -110,22 +114,53 @@ class ServedModels:
         for source in (student, teacher):
             check_server(source.name, str(source.url), tokenizer)
         self._mixture = mixture
+        student_context, teacher_context = (
+            _context_len(source, source.served_positions, settings.max_context_len) for source in (student, teacher)
+        )
         self._servers = SGLangMixture(
-            student.url,
-            teacher.url,
+            str(student.url),
+            str(teacher.url),
             top_k=top_k,
             draft_tokens=settings.draft_tokens,
             concurrency=settings.max_running_requests or SERVED_CONCURRENCY,
-            max_context_len=settings.max_context_len,
+            max_context_len=student_context,
+            teacher_max_context_len=teacher_context,
         )
 
     def generate(
         self, requests: list[GenerationRequest], params: SamplingParams, counters: MixtureStats
     ) -> Iterator[GenerationResult]:
-        return self._servers.generate(requests, params, self._mixture)
+        if params.top_k > self._servers.top_k:
+            raise ArgumentError(
+                f"`top_k={params.top_k}` asks for more tokens than the {self._servers.top_k} that the servers send. "
+                f"Make the sampler with `server_top_k={params.top_k}`."
+            )
+        results = self._servers.generate(requests, params, self._mixture)
+        return self._counted(results, replace(self._servers.stats), counters)
+
+    def close(self) -> None:
+        self._servers.close()
+
+    def _counted(
+        self, results: Iterator[GenerationResult], before: MixtureStats, counters: MixtureStats
+    ) -> Iterator[GenerationResult]:
+        """The servers' counters run on over all calls: adds what this one did."""
+        try:
+            yield from results
+        finally:
+            for field in fields(MixtureStats):
+                gained = getattr(self._servers.stats, field.name) - getattr(before, field.name)
+                setattr(counters, field.name, getattr(counters, field.name) + gained)
 
 
-def _context_len(source: ModelSource, positions: int, limit: int | None) -> int:
+def _context_len(source: ModelSource, positions: int | None, limit: int | None) -> int:
+    if positions is None and limit is None:
+        raise ArgumentError(
+            f"`{source.name}={source.url}` serves a model whose config.json is not on this machine, so its context is "
+            "not known. Give `max_context_len`."
+        )
+    if positions is None:
+        return limit
     if limit is not None and limit > positions:
         raise ArgumentError(
             f"`max_context_len={limit}` is more than the {positions} positions of `{source.name}`. Lower it, or drop "

@@ -5,23 +5,62 @@ Shape legend: B drafted tokens, K likely tokens at each position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from opd.errors import EngineError
 from opd.sampling.sparse_mixture import LikelyTokens
-from opd.serving.http import JsonClient
+from opd.serving.http import HttpError, JsonClient
 from opd.serving.top_logprobs import top_request, top_rows
-from opd.teachers.sglang_teacher import TeacherScoreError, response_logprobs
+from opd.teachers.sglang_teacher import TROUBLE_SECONDS, TeacherScoreError, response_logprobs
 
 # The log-prob of a token is sent once with the token and once among the likely ones: the same float32 number.
 SAME_NATS = 1e-4
 
 
 class BlockError(RuntimeError):
-    """An answer of a server that cannot be used; only the text it belongs to ends."""
+    """A block that could not be had; only the text it belongs to ends."""
+
+
+@dataclass
+class BlockServer:
+    whose: str  # student or teacher
+    client: JsonClient
+    _trouble_until: float = 0.0
+
+    async def ask(self, payload: dict[str, Any]) -> Any:
+        """The decoded answer.
+
+        Raises:
+            BlockError: the request failed for good.
+            EngineError: nothing answers at the address any more.
+        """
+        try:
+            answer = await self.client.post("/generate", payload, give_up=self._in_trouble)
+        except HttpError as error:
+            if error.reason in ("timeout", "unreachable"):
+                self._trouble_until = time.monotonic() + TROUBLE_SECONDS
+            what = f"the {self.whose}'s SGLang server at {self.client.base_url} could not be used ({error})"
+            if error.reason == "unreachable" and await self._is_gone():
+                raise EngineError(f"{what}. Start it again, or correct its address") from error
+            raise BlockError(what) from error
+        self._trouble_until = 0.0
+        return answer
+
+    def _in_trouble(self) -> bool:
+        """Whether a request was just given up on: its siblings then do not try again, so that a hung server costs a
+        time-out or two and not one for each answer and retry."""
+        return time.monotonic() < self._trouble_until
+
+    async def _is_gone(self) -> bool:
+        try:
+            await self.client.get("/model_info")
+        except HttpError as error:
+            return error.reason == "unreachable"
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +71,19 @@ class Draft:
 
 
 async def draft_block(
-    client: JsonClient,
+    server: BlockServer,
     tokens: list[int],
     *,
     count: int,
     temperature: float,
     stop_token_ids: tuple[int, ...],
     top_k: int,
-    give_up: Callable[[], bool],
 ) -> Draft:
     """At most ``count`` tokens after ``tokens``, from the whole vocabulary; a stop token is the last.
 
     Raises:
-        HttpError: the server could not be used.
-        BlockError: its answer is no draft.
+        BlockError: the request failed for good, or its answer is no draft.
+        EngineError: see ``BlockServer.ask``.
     """
     payload = {
         "input_ids": tokens,
@@ -62,7 +100,7 @@ async def draft_block(
         "return_logprob": True,
         **top_request("output", top_k),
     }
-    answer = await client.post("/generate", payload, give_up=give_up)
+    answer = await server.ask(payload)
     try:
         meta, ids = answer["meta_info"], answer["output_ids"]
         if meta["finish_reason"]["type"] == "abort":
@@ -79,16 +117,14 @@ async def draft_block(
     return Draft(ids=ids, likely=likely, weight_version=int(version) if version.isdecimal() else None)
 
 
-async def score_block(
-    client: JsonClient, tokens: list[int], *, count: int, top_k: int, give_up: Callable[[], bool]
-) -> LikelyTokens:
+async def score_block(server: BlockServer, tokens: list[int], *, count: int, top_k: int) -> LikelyTokens:
     """What the teacher finds likely at each of the last ``count`` tokens, at temperature 1.
 
     The start lets the server's prefix cache serve all that came before the block.
 
     Raises:
-        HttpError: the server could not be used.
-        BlockError: its answer is no score of these tokens.
+        BlockError: the request failed for good, or its answer is no score of these tokens.
+        EngineError: see ``BlockServer.ask``.
     """
     payload = {
         "input_ids": tokens,
@@ -99,7 +135,7 @@ async def score_block(
         # Without it the likely tokens after the block come too, as a list that is longer than a small block's score.
         "return_flat_raw_output_top_logprobs": True,
     }
-    answer = await client.post("/generate", payload, give_up=give_up)
+    answer = await server.ask(payload)
     try:
         response_logprobs(answer, tokens, count)
     except TeacherScoreError as error:

@@ -6,6 +6,7 @@ server. Config and tokenizer come first: weights are loaded when everything else
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from opd.sampling.tokenizer_match import compare_tokenizers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DTYPES = ("float32", "bfloat16", "float16")
 FILES_WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
 
 
@@ -63,6 +65,12 @@ class ModelSource:
         return tuple(sorted(ids))
 
     @cached_property
+    def served_positions(self) -> int | None:
+        """Of a server's model, when its config is on this machine."""
+        config = self.folder and find_hf_config(str(self.folder))
+        return json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings") if config else None
+
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(rows of the output head, positions).
 
@@ -82,7 +90,7 @@ class ModelSource:
             )
         return self.module.get_output_embeddings().weight.shape[0], config.max_position_embeddings
 
-    def load(self, *, dtype: torch.dtype | str | None, device: torch.device) -> nn.Module:
+    def load(self, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
         """The model, ready to decode.
 
         Args:
@@ -94,12 +102,12 @@ class ModelSource:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else "auto"
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 self.hub_name or str(self.folder),
-                dtype=dtype,
+                dtype=dtype or "auto",
                 attn_implementation="sdpa",
                 trust_remote_code=self.trust_remote_code,
             )
@@ -189,9 +197,9 @@ def load_pair(
     """
     given = next((_device_of(s.module) for s in (student, teacher) if s.module is not None), None)
     default = given or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = torch.device(default if device is None else device)
-    student_model = student.load(dtype=_dtype(dtype), device=target)
-    teacher_model = student_model if student.is_same(teacher) else teacher.load(dtype=_dtype(dtype), device=target)
+    how = {"dtype": _dtype(dtype), "device": _device(default if device is None else device)}
+    student_model = student.load(**how)
+    teacher_model = student_model if student.is_same(teacher) else teacher.load(**how)
     places = _device_of(student_model), _device_of(teacher_model)
     if places[0] != places[1]:
         raise ArgumentError(
@@ -217,9 +225,21 @@ def _hub_folder(name: str, text: str) -> Path:
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found is not None and not isinstance(found, torch.dtype) or (found is None) != (dtype is None):
-        raise ArgumentError(f"`dtype={dtype!r}` is no torch type. Choose float32, bfloat16 or float16.")
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ArgumentError(f"`dtype={dtype!r}` is no type for weights. Choose {', '.join(DTYPES)}, or None.")
+    return getattr(torch, name)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f"`device={device!r}` is no device ({str(error).splitlines()[0]}).") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(f'`device={device!r}` needs a GPU, and torch finds none. Choose device="cpu", or None.')
     return found
 
 

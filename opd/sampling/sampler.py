@@ -201,6 +201,10 @@ class OptimalSampler:
         )
         return ((s.index, s) for s in with_progress(samples, len(prompts), shown=progress))
 
+    def close(self) -> None:
+        """Ends the connections to servers. Safe to call twice."""
+        self._models.close()
+
     def _samples(
         self,
         teacher_prompts: list[ReadPrompt],

@@ -13,79 +13,21 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from opd.background_loop import BackgroundLoop
 from opd.decoding.draft_length import DraftLength
-from opd.decoding.draws import request_noise
 from opd.decoding.loop import prompt_problem
-from opd.decoding.stats import MixtureStats
-from opd.errors import EngineError
-from opd.sampling.block_drafts import BlockError, draft_block, score_block
+from opd.sampling.block_answers import BlockStats, Judge, WrittenAnswer
+from opd.sampling.block_drafts import BlockError, BlockServer, draft_block, score_block
 from opd.sampling.block_length import BlockLength
-from opd.sampling.sparse_mixture import JudgedBlock, judge_block
-from opd.serving.http import HttpError, JsonClient, base_url
+from opd.sampling.sparse_mixture import DraftedBlock
+from opd.serving.http import JsonClient, base_url
 from opd.types import GenerationRequest, GenerationResult, Mixture, SampleStatus, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 LONGEST_DRAFT = 24  # tokens, when the length is adapted
-TROUBLE_SECONDS = 30.0
-VERDICT, REPLACEMENT = 1, 2  # streams of the noise, as in opd.decoding.speculative
-
-
-@dataclass(kw_only=True)
-class BlockStats(MixtureStats):
-    """A round is one block of one answer."""
-
-    drafted: int = 0  # tokens that the student's server drew
-    outside: int = 0  # judged drafts outside the student's K likeliest tokens, rejected for that
-    alone: int = 0  # response tokens where the two models' K had none in common
-    bytes: int = 0  # of both servers' answers
-
-
-@dataclass
-class _Server:
-    name: str  # student or teacher
-    client: JsonClient
-    trouble_until: float = 0.0
-
-    def in_trouble(self) -> bool:
-        """Whether a request was just given up on: its siblings then do not try again, so that a hung server costs a
-        time-out or two and not one for each answer and retry."""
-        return time.monotonic() < self.trouble_until
-
-    async def is_gone(self) -> bool:
-        """Whether nothing answers at the address any more."""
-        probe = JsonClient(self.client.base_url, self.client.timeout_s, 0, 1, self.client.api_key)
-        try:
-            await probe.get("/health")
-        except HttpError as error:
-            return error.reason == "unreachable"
-        finally:
-            await probe.close()
-        return False
-
-
-@dataclass
-class _Answer:
-    """One answer being written."""
-
-    request: GenerationRequest
-    limit: int  # response tokens at most
-    verdict_noise_L: torch.Tensor
-    replacement_noise_L: torch.Tensor
-    ids: list[int] = field(default_factory=list)
-    columns: dict[str, list[Any]] = field(default_factory=dict)  # fields of GenerationResult, one entry per token
-    weight_version: int | None = None
-
-    @property
-    def teacher_prompt(self) -> tuple[int, ...]:
-        given = self.request.teacher_prompt_ids
-        return self.request.prompt_ids if given is None else given
 
 
 class SGLangMixture:
@@ -129,7 +71,7 @@ class SGLangMixture:
         self.weight_version = weight_version
         self.stats = BlockStats()
         self._student, self._teacher = (
-            _Server(name, JsonClient(base_url(url), timeout_s, retries, concurrency, api_key))
+            BlockServer(name, JsonClient(base_url(url), timeout_s, retries, concurrency, api_key))
             for name, url in (("student", student_url), ("teacher", teacher_url))
         )
         self._contexts = (max_context_len, teacher_max_context_len or max_context_len)
@@ -160,13 +102,13 @@ class SGLangMixture:
     def _check(self, params: SamplingParams) -> None:
         if not params.temperature > 0:
             raise ValueError(
-                f"temperature={params.temperature} must be above 0 to draw from a mixture: at 0 each model has a single "
-                "token, and where the two differ there is nothing to mix"
+                f"temperature={params.temperature} must be above 0 to draw from a mixture: at 0 each model has a "
+                "single token, and where the two differ there is nothing to mix"
             )
         if params.top_k > self.top_k:
             raise ValueError(
-                f"top_k={params.top_k} asks for more likely tokens than the {self.top_k} that the servers send. Make the "
-                f"SGLangMixture with top_k={params.top_k}"
+                f"top_k={params.top_k} asks for more likely tokens than the {self.top_k} that the servers send. Make "
+                f"the SGLangMixture with top_k={params.top_k}"
             )
         if not 0 < params.top_p <= 1:
             raise ValueError(f"top_p={params.top_p} must be above 0 and at most 1 (1: off)")
@@ -206,10 +148,11 @@ class SGLangMixture:
     ) -> None:
         """Puts one result per request, or the first error and nothing more."""
         slots = asyncio.Semaphore(self._concurrency)
+        judge = Judge(params, mixture)
 
         async def one(request: GenerationRequest) -> None:
             async with slots:
-                put(await self._write_one(request, params, mixture))
+                put(await self._write_one(request, params, judge))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -218,27 +161,65 @@ class SGLangMixture:
         except BaseExceptionGroup as errors:
             put(errors.exceptions[0])
 
-    async def _write_one(
-        self, request: GenerationRequest, params: SamplingParams, mixture: Mixture
-    ) -> GenerationResult:
-        answer = _Answer(request, 0, torch.empty(0), torch.empty(0), weight_version=self.weight_version)
-        prompts = (request.prompt_ids, answer.teacher_prompt)
+    async def _write_one(self, request: GenerationRequest, params: SamplingParams, judge: Judge) -> GenerationResult:
+        prompts = _prompts(request)
         problem = prompt_problem([len(prompt) for prompt in prompts], self._contexts)
         if problem is not None:
-            return _result(answer, SampleStatus.ABORTED, error=problem)
-        room = (context - len(prompt) for context, prompt in zip(self._contexts, prompts, strict=True))
-        answer.limit = min(params.max_new_tokens, *room)
-        answer.verdict_noise_L, answer.replacement_noise_L = (
-            torch.from_numpy(request_noise(params.seed, request.key, answer.limit, stream=stream))
-            for stream in (VERDICT, REPLACEMENT)
+            return GenerationResult(
+                key=request.key,
+                response_ids=[],
+                log_probs=[],
+                status=SampleStatus.ABORTED,
+                weight_version=self.weight_version,
+                error=problem,
+            )
+        room = [context - len(prompt) for context, prompt in zip(self._contexts, prompts, strict=True)]
+        answer = WrittenAnswer(
+            request=request, limit=min(params.max_new_tokens, *room), params=params, weight_version=self.weight_version
         )
-        server = self._student
         with self._length.answering():
             while len(answer.ids) < answer.limit:
                 try:
-                    await self._write_block(answer, params, mixture)
-                except (HttpError, BlockError) as error:
-                    ...
+                    await self._write_block(answer, params, judge)
+                except BlockError as error:
+                    logger.warning("request %d aborted: %s", request.key, error)
+                    return answer.result(SampleStatus.ABORTED, error=str(error))
                 if answer.ids[-1] in params.stop_token_ids:
-                    return _result(answer, SampleStatus.COMPLETED)
-        return _result(answer, SampleStatus.TRUNCATED)
+                    return answer.result(SampleStatus.COMPLETED)
+        return answer.result(SampleStatus.TRUNCATED)
+
+    async def _write_block(self, answer: WrittenAnswer, params: SamplingParams, judge: Judge) -> None:
+        top_k = self._kept(params)
+        started = time.perf_counter()
+        planned = self._length.choose()
+        student_tokens, teacher_tokens = ([*prompt, *answer.ids] for prompt in _prompts(answer.request))
+        draft = await draft_block(
+            self._student,
+            student_tokens,
+            count=min(planned, answer.limit - len(answer.ids)),
+            temperature=params.temperature,
+            stop_token_ids=params.stop_token_ids,
+            top_k=top_k,
+        )
+        count = len(draft.ids)
+        teacher = await score_block(self._teacher, teacher_tokens + draft.ids, count=count, top_k=top_k)
+        here = slice(len(answer.ids), len(answer.ids) + count)
+        block = await judge(
+            DraftedBlock(
+                student=draft.likely,
+                teacher=teacher,
+                drafts=draft.ids,
+                verdict_noise_B=answer.noise[0][here],
+                replacement_noise_B=answer.noise[1][here],
+            )
+        )
+        seconds = time.perf_counter() - started
+        self._length.observe(planned, count, seconds=seconds, judged=block.judged, accepted=block.accepted)
+        self.stats.add_block(count, block)
+        answer.add(draft, block, top_ids=params.top_ids)
+
+
+def _prompts(request: GenerationRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The student's and the teacher's."""
+    given = request.teacher_prompt_ids
+    return request.prompt_ids, request.prompt_ids if given is None else given

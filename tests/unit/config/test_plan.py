@@ -89,6 +89,35 @@ def test_memory_by_hand_fp32(workplace: Path, command: Callable[..., list[str]])
     assert items["rollout KV cache"].bytes == 32 * 100 * (2 * 2 * 2 * 32) * 4
 
 
+def test_a_rollout_that_a_teacher_helps_to_write(workplace: Path, command: Callable[..., list[str]]) -> None:
+    mixture = "--rollout-engine mixture --use-tis --dry-run"
+    text = printed(command("megatron", f"{mixture} --mixture-alpha-scale 2 0 --opd-teacher-prompt-key hint"))
+    for part in (
+        "writes along teacher it sees the field 'hint'",
+        "student^(1-a) x teacher^a, a by kl_symmetry, times 2 in the first rollout to 0 in number 10; the student "
+        "drafts as many tokens as pay, the teacher judges",
+    ):
+        assert part in text
+    fixed = "--mixture-alpha-method fixed --mixture-fixed-alpha 0.25 --mixture-alpha-scale 3 3 --mixture-draft-tokens 4"
+    text = printed(command("megatron", f"{mixture} {fixed} --mixture-teacher-prompt-template {{prompt}}"))
+    assert "it sees the template '{prompt}'" in text
+    assert "a fixed at 0.25, times 3; the student drafts 4 tokens, the teacher judges" in text
+
+
+def test_memory_of_a_mixture_by_hand(workplace: Path, command: Callable[..., list[str]]) -> None:
+    flags = "--rollout-engine mixture --use-tis --rollout-max-prompt-len 36"
+    teacher = parse_config(command("grpo", f"{flags} --mixture-teacher-load teacher"))
+    itself = "--opd-teacher-self live --opd-teacher-prompt-key hint"
+    live = parse_config(command("megatron", f"{flags} {itself}", drop=("--opd-teacher-load",)))
+    per_token = 2 * 2 * 32 * 4  # bytes of K and V of 2 groups x 32 in one layer
+    for config, own, layers in ((teacher, 4 * 217920, 2 + 4), (live, None, 2 + 2)):
+        items = {item.name: item for item in estimate(config, student_facts(config), [])}
+        assert items["rollout weights"].bytes == 4 * 119232
+        assert (items["rollout teacher weights"].bytes if own else None) == own
+        assert ("rollout teacher weights" in items) == (own is not None)
+        assert items["rollout KV cache"].bytes == 32 * 100 * layers * per_token
+
+
 def test_memory_by_hand_bf16_sharded(workplace: Path, command: Callable[..., list[str]]) -> None:
     flags = "--bf16 --use-distributed-optimizer --actor-num-gpus-per-node 4 --dry-run --rollout-max-running-requests 5"
     flags += (

@@ -163,3 +163,28 @@ def test_the_digest_covers_the_teachers_prompts(tmp_path: Path) -> None:
     plain = dataset(tmp_path, rows).digest
     assert dataset(tmp_path, rows, teacher=TeacherPrompts(names=("a",))).digest == plain
     assert dataset(tmp_path, rows, teacher=TeacherPrompts(prompt_key="full")).digest != plain
+
+
+def test_a_teacher_that_helps_to_write_reads_a_prompt_of_its_own(tmp_path: Path) -> None:
+    rows = [{"input": "one", "label": "two"}]
+    scoring, writing = TeacherPrompts(template="{label}"), TeacherPrompts(template="{prompt} is {label}")
+    (prompt,) = dataset(tmp_path, rows, teacher=scoring, mixture=writing).all()
+    assert (prompt.teacher_ids, prompt.mixture_ids) == ((IDS["two"],), (IDS["one"], IDS["is"], IDS["two"]))
+    assert dataset(tmp_path, rows, teacher=scoring, mixture=TeacherPrompts()).all()[0].mixture_ids is None
+    digests = [dataset(tmp_path, rows, **{who: scoring}).digest for who in ("teacher", "mixture")]
+    assert len({*digests, dataset(tmp_path, rows).digest}) == 3
+
+
+def test_messages_about_the_writing_teachers_prompt_name_its_flags(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"input": "one", "label": "x", "full": " ".join(["two"] * n)} for n in (1, 6)]
+    named = {"flags": "--mixture-teacher", "who": "the writing teacher"}
+    message = refused(tmp_path, rows, mixture=TeacherPrompts(template="{hint}", **named))
+    assert "`--mixture-teacher-prompt-template={hint}` names fields that 2 of 2 rows lack" in message
+    message = refused(tmp_path, rows, mixture=TeacherPrompts(prompt_key="hint", **named))
+    assert "`--mixture-teacher-prompt-key=hint` names a field" in message
+    long = TeacherPrompts(prompt_key="full", positions=(8,), max_response_len=4, **named)
+    with caplog.at_level(logging.WARNING, "opd"):
+        assert dataset(tmp_path, rows, mixture=long).skipped == 1
+    assert "no room for the writing teacher's prompt (up to 6 tokens)" in caplog.text

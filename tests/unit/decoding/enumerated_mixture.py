@@ -60,7 +60,7 @@ def mixed(log_s: torch.Tensor, log_t: torch.Tensor, method: str) -> tuple[torch.
         if method == "kl_symmetry":
             above = ((log_s + a[..., None] * ratio).softmax(-1) * ratio).sum(-1) > 0
         else:
-            above = log_norm(2 * a) > log_norm(2 * a - 1)
+            above = log_norm(-a) > log_norm(2 - a)  # of sum s^2 / q and sum t^2 / q
         high, low = torch.where(above, a, high), torch.where(above, low, a)
     return (log_s + a[..., None] * ratio).log_softmax(-1), a
 

@@ -1,7 +1,5 @@
 """In-process mixture decoding: exact in distribution for every engine, and the same text whatever the batch."""
 
-import math
-
 import pytest
 import torch
 from scipy import stats
@@ -26,7 +24,7 @@ from tests.unit.decoding.enumerated_mixture import (
 )
 
 SEEDS = range(12)
-COUNT = 1200  # answers per seed
+COUNT = 800  # answers per seed
 ENGINES = {
     "lockstep": {"engine": "lockstep"},
     "speculative k=2": {"draft_tokens": 2},
@@ -126,7 +124,7 @@ def test_the_text_depends_neither_on_the_draft_length_nor_on_the_batch():
     assert len({tuple(r.response_ids) for r in want.values()}) > 12
     for options in ENGINES.values():
         if options.get("engine") != "lockstep":
-            for rows in (1, 5, 24):
+            for rows in (3, 24):
                 got, _ = ragged(options, rows=rows)
                 assert {k: r.response_ids for k, r in got.items()} == {k: r.response_ids for k, r in want.items()}
 
@@ -150,7 +148,7 @@ def test_log_probs_and_alphas_are_those_of_full_forward_passes(options, limits):
             both = kept_s.isfinite() & kept_t.isfinite()
             if int(both.sum()) > 1:
                 log_q, alpha = mixed(kept_s[both].log_softmax(-1), kept_t[both].log_softmax(-1), "kl_symmetry")
-                assert result.alphas[i] == pytest.approx(float(alpha), abs=1e-4)
+                assert result.alphas[i] == pytest.approx(float(alpha), abs=1e-3)
                 place = int(both[: result.response_ids[i]].sum())
                 assert result.log_probs[i] == pytest.approx(float(log_q[place]), abs=1e-4)
             if both.any():
@@ -225,25 +223,33 @@ def test_a_bad_row_does_not_stop_the_others():
 @pytest.mark.parametrize("broken", ["student", "teacher"])
 def test_logits_that_are_no_numbers_end_their_row_only(options, broken):
     models = dict(zip(("student", "teacher"), pair(7), strict=True))
-    token = 3  # whoever reads it gets NaN for its next token
-
-    def hook(module, inputs, output):
-        return torch.where((inputs[0] == token)[..., None], torch.nan, output)
-
-    handle = models[broken].model.embed_tokens.register_forward_hook(hook)
-    try:
-        results = write(
-            *models.values(), count=40, rows=8, prompts=((2, 0), (2, 1)), sampling=params(max_new_tokens=8), **options
+    poison = 3  # in a prompt; nobody writes it
+    handles = [
+        models[broken].model.embed_tokens.register_forward_hook(
+            lambda module, inputs, output: torch.where((inputs[0] == poison)[..., None], torch.nan, output)
         )
+    ]
+    for model in models.values():
+        ban = torch.zeros(VOCABULARY).index_fill(0, torch.tensor([poison]), -torch.inf)
+        handles.append(model.lm_head.register_forward_hook(lambda module, inputs, output, ban=ban: output + ban))
+    requests = [
+        GenerationRequest(key=i, prompt_ids=(2, 0, 1), teacher_prompt_ids=(4, poison if i % 4 == 1 else 2, 0))
+        if broken == "teacher"
+        else GenerationRequest(key=i, prompt_ids=(4, poison if i % 4 == 1 else 2, 0))
+        for i in range(12)
+    ]
+    try:
+        found = write_mixture(
+            *models.values(), requests, params(), Mixture(), max_running_requests=2, max_context_len=60, **options
+        )
+        results = {r.key: r for r in found}
     finally:
-        handle.remove()
-    ended = [r for r in results if r.error]
-    assert ended and len(ended) < len(results)
-    for result in ended:
-        assert result.error == f"the {broken}'s logits of its next token are NaN or infinite"
-        assert result.response_ids[-1] == token or options.get("engine") != "lockstep"  # a draft may have read it
-        assert all(math.isfinite(x) for x in result.log_probs) and len(result.log_probs) == len(result.response_ids)
-    assert all(token not in result.response_ids[:-1] for result in results)
+        for handle in handles:
+            handle.remove()
+    problem = f"the {broken}'s logits of its next token are NaN or infinite"
+    assert {key: r.error for key, r in results.items() if r.error} == {key: problem for key in (1, 5, 9)}
+    assert all(r.response_ids == r.log_probs == [] for r in results.values() if r.error)
+    assert all(len(r.response_ids) == LENGTH for r in results.values() if not r.error)
 
 
 @pytest.mark.parametrize(

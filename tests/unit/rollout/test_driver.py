@@ -1,3 +1,4 @@
+import logging
 import threading
 
 import pytest
@@ -16,22 +17,26 @@ PROMPTS = [
         metadata={"i": i},
         teacher_index=i,
         teacher_ids=(5, 6, 7) if i else None,
+        mixture_ids=(8, 9) if i == 2 else None,
     )
     for i in range(3)
 ]
 
 
 class ScriptedEngine:
-    """Answers in reverse order; key 1 is aborted."""
+    """Answers in reverse order; key 101 is aborted, and so are ``failing`` ones, who say why."""
 
-    def __init__(self, before_last=lambda: None):
+    def __init__(self, before_last=lambda: None, failing=()):
         self.before_last = before_last
+        self.failing = failing
+        self.asked = []
 
     def generate(self, requests, params):
+        self.asked += requests
         for request in reversed(requests):
             if request is requests[0]:
                 self.before_last()
-            aborted = request.key == 101
+            aborted = request.key in (101, *self.failing)
             yield GenerationResult(
                 key=request.key,
                 response_ids=[] if aborted else [request.key, 9],
@@ -39,6 +44,7 @@ class ScriptedEngine:
                 status=SampleStatus.ABORTED if aborted else SampleStatus.COMPLETED,
                 weight_version=3,
                 top_ids=None if aborted else [[request.key, 1], [9, 1]],
+                error=f"reason {request.key}" if request.key in self.failing else None,
             )
 
     def close(self):
@@ -75,6 +81,25 @@ def test_samples_carry_what_the_teacher_needs():
     assert (first.teacher_index, first.teacher_prompt_ids) == (0, None)
     assert (last.teacher_index, last.teacher_prompt_ids) == (2, [5, 6, 7])
     assert last.student_top_ids == [[105, 1], [9, 1]]
+
+
+def test_a_teacher_that_helps_to_write_is_given_its_own_prompt():
+    engine = ScriptedEngine()
+    run(engine=engine)
+    asked = [(r.key, r.prompt_ids, r.teacher_prompt_ids) for r in engine.asked]
+    assert asked[0] == (100, (5, 6), None)
+    assert asked[2] == (102, (5, 7), None)  # the prompt of the teacher that only scores is not for the engine
+    assert asked[5] == (105, (5, 8), (8, 9))
+
+
+def test_one_warning_names_the_first_reason_of_failed_answers(caplog):
+    with caplog.at_level(logging.WARNING, "opd"):
+        run()
+        assert caplog.messages == []  # an engine that lost a request without a reason is not news of every rollout
+        result = run(engine=ScriptedEngine(failing=(103, 104)))
+    (message,) = caplog.messages
+    assert message == "2 of 6 answers could not be written and are left out; the first is number 104: reason 104"
+    assert result.rewards == [10, 0, 11, 0, 0, 12]
 
 
 def test_rewards_run_while_the_engine_still_decodes():

@@ -89,5 +89,5 @@ def test_weights_are_float32_on_a_cpu_unless_asked(folders):
         for asked in (None, "bfloat16", torch.float16)
     }
     assert types == {None: {torch.float32}, "bfloat16": {torch.bfloat16}, torch.float16: {torch.float16}}
-    with pytest.raises(ValueError, match="`dtype='int3'` is no torch type"):
+    with pytest.raises(ValueError, match="`dtype='int3'` is no type for weights"):
         load_pair(student, teacher, dtype="int3", device="cpu")

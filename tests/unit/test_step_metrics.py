@@ -1,0 +1,55 @@
+"""Metrics of a rollout in which a teacher had a hand: what is weighed by importance ratios, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from opd.config.schema import Config, OpdFlags, RolloutFlags
+from opd.data.batching import make_batch
+from opd.step_metrics import batch_metrics
+from opd.types import Sample, SampleStatus
+
+
+class OneRank:
+    def sum_over_ranks(self, sums, maxima):
+        return {**sums, **maxima}
+
+
+def metrics_of(engine: str) -> dict[str, float]:
+    """Four tokens with ratios 2, 1, 0.5 and 0.5, and a k1 of 0, 1, 2 and -1."""
+    sample = Sample(
+        index=0,
+        group_index=0,
+        prompt="p",
+        tokens=[1, 2, 3, 4, 5],
+        response_length=4,
+        rollout_log_probs=[-1.0] * 4,
+        status=SampleStatus.COMPLETED,
+        reward=0.0,
+    )
+    batch = make_batch([sample], torch.zeros(1), samples_per_step=1).with_(
+        student_logprobs_T=torch.tensor([2.0, 1.0, 0.5, 0.5]).log() - 1,
+        student_entropy_T=torch.ones(4),
+        teacher_scored_N=torch.tensor([True]),
+        reverse_kl_T=torch.tensor([0.0, 1.0, 2.0, -1.0]),
+    )
+    config = Config(rollout=RolloutFlags(rollout_engine=engine), opd=OpdFlags(use_opd=True, opd_type="megatron"))
+    return batch_metrics(batch, OneRank(), config=config)
+
+
+@pytest.mark.parametrize("engine", ["mixture", "speculative_kd"])
+def test_tokens_of_both_models_are_weighed_back_to_the_students(engine):
+    metrics = metrics_of(engine)
+    assert metrics["opd_reverse_kl"] == pytest.approx((1 * 1 + 0.5 * 2 - 0.5 * 1) / 4)
+    assert metrics["opd_reverse_kl_part_3"] == pytest.approx(2.0)  # one token: its weight cancels
+    assert metrics["importance_ratio_mean"] == pytest.approx(1.0)
+    assert metrics["importance_ess_share"] == pytest.approx(4**2 / (4 * (4 + 1 + 0.25 + 0.25)))
+    assert not any(name.startswith("logprob_mismatch") for name in metrics)
+
+
+def test_tokens_of_the_student_alone_count_alike():
+    metrics = metrics_of("torch")
+    assert metrics["opd_reverse_kl"] == pytest.approx(2 / 4)
+    assert metrics["logprob_mismatch_mean"] == pytest.approx(3 * math.log(2) / 4)
+    assert not any(name.startswith("importance") for name in metrics)
