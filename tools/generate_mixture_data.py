@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         options = _parser().parse_args(argv)
         # After the flags are read: these imports take seconds.
         from opd.report.console import make_rich_console
+        from opd.sampling.arguments import ArgumentError
         from opd.sampling.data_generator import generate_mixture_data
 
         settings = _settings(options)
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
                 settings, lambda: _open_sampler(options), overwrite=options.overwrite, on_sample=on_sample
             )
     except (UserError, OSError) as error:
-        exit_with_error(error, status=2 if isinstance(error, ConfigError) else 1)
+        exit_with_error(error, status=2 if isinstance(error, ConfigError | ArgumentError) else 1)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with {settings.paths.output}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -14,8 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 TASK=examples/on_policy_distillation/tiny_task
 ROOT=${OBJECTIVES_DIR:-outputs/objectives}
 ROUTED_DATA=$ROOT/routed-data
-PRIVILEGED_DATA=$ROOT/privileged-data
-PRIVILEGED_TEACHER=$ROOT/privileged-teacher
+source "$TASK/privileged_teacher.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 
 NAMES="opd grpo hybrid reverse_kl forward_kl jsd top_k null null_hybrid hybrid_kl routed mixed privileged null_wide \
@@ -109,23 +108,6 @@ prepare_routed_data() {
    if [ ! -f "$ROUTED_DATA/eval-plus.jsonl" ]; then
       python "$TASK/make_routes.py" --output-dir "$ROUTED_DATA"
    fi
-}
-
-# The student learns to use a hint and to slip without one: supervised steps of our own trainer, no teacher.
-prepare_privileged_teacher() {
-   if [ -f "$PRIVILEGED_TEACHER/hf/config.json" ]; then return; fi
-   python "$TASK/make_privileged.py" --output-dir "$PRIVILEGED_DATA"
-   python train.py \
-      --hf-checkpoint "$TASK/student" --save "$PRIVILEGED_TEACHER/checkpoints" \
-      --prompt-data "$TASK/train.jsonl" --input-key prompt --label-key label --rollout-shuffle --rm-type final_answer \
-      --sft-data "$PRIVILEGED_DATA/warmup.jsonl" --sft-steps 200 --num-rollout 200 \
-      --rollout-batch-size 32 --n-samples-per-prompt 2 --rollout-max-response-len 64 \
-      --eval-interval 100 --eval-prompt-data plain "$TASK/eval.jsonl" hinted "$PRIVILEGED_DATA/eval-hinted.jsonl" \
-         misled "$PRIVILEGED_DATA/eval-misled.jsonl" \
-      --calculate-per-token-loss --lr 1e-3 --lr-warmup-iters 10 --lr-decay-style linear --adam-beta2 0.95 \
-      --output-dir "$PRIVILEGED_TEACHER"
-   python tools/convert_torch_dist_to_hf.py \
-      --input-dir "$PRIVILEGED_TEACHER/checkpoints" --output-dir "$PRIVILEGED_TEACHER/hf"
 }
 
 main "$@"; exit  # on one line: an edit of this file does not reach a run that has begun

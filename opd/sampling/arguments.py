@@ -73,7 +73,9 @@ class EngineSettings:
             )
 
 
-def check_prompts(prompts: Any, theta_prompts: Any, keys: Sequence[int] | None) -> None:
+def check_prompts(
+    prompts: Any, theta_prompts: Any, keys: Sequence[int] | None, prefixes: Sequence[Sequence[int]] | None
+) -> None:
     """
     Raises:
         ArgumentError: no list, an empty one, or lists of different lengths.
@@ -86,7 +88,7 @@ def check_prompts(prompts: Any, theta_prompts: Any, keys: Sequence[int] | None) 
             )
     if not prompts:
         raise ArgumentError("`prompts` is empty: there is nothing to generate. Give at least one prompt.")
-    for name, value in (("theta_prompts", theta_prompts), ("keys", keys)):
+    for name, value in (("theta_prompts", theta_prompts), ("keys", keys), ("prefixes", prefixes)):
         if value is not None and len(value) != len(prompts):
             raise ArgumentError(
                 f"`prompts` has {len(prompts)} entries and `{name}` has {len(value)}: they belong together one by one, "

@@ -32,11 +32,15 @@ class SampleSource(Protocol):
     tokenizer: Any
 
     def stream(
-        self, prompts: Sequence[Any], theta_prompts: Sequence[Any], *, keys: Sequence[int], **options: Any
+        self,
+        prompts: Sequence[Any],
+        theta_prompts: Sequence[Any],
+        *,
+        keys: Sequence[int],
+        prefixes: Sequence[Sequence[int]],
+        **options: Any,
     ) -> Iterator[tuple[int, MixtureSample]]:
-        """(place, sample) in any order. ``options``: those of ``Sampling``, ``progress``, ``counters`` and, where
-        answers begin with something, ``prefixes``: token ids, one list per prompt. The prompts in a sample are without
-        their beginning."""
+        """(place, sample) in any order; ``options``: those of ``Sampling``, ``progress`` and ``counters``."""
 
 
 @dataclass(kw_only=True)
@@ -131,10 +135,10 @@ class _Run:
                 [job.teacher_prompt for job in chunk],
                 [job.theta_prompt for job in chunk],
                 keys=[job.key for job in chunk],
+                prefixes=prefixes,
                 progress=False,
                 counters=counters,
                 **asdict(settings.sampling),
-                **({"prefixes": prefixes} if any(prefixes) else {}),
             )
             for index, sample in samples:
                 self._take(maker, chunk[index], sample, prefixes[index])

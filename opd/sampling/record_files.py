@@ -189,6 +189,10 @@ class RecordFiles:
             raise ConfigError(
                 f"{shown}: {paths.manifest.name} is damaged. Give `{OVERWRITE}` to make everything anew."
             ) from error
+        if not any(
+            path.exists() and path.stat().st_size for path in (paths.output, paths.progress, paths.dropped) if path
+        ):
+            return  # a start that came to nothing, such as one with a mistyped model
         differing = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
         if differing:
             listed = "; ".join(f"{n}: {_short(found.get(n))} there, {_short(settings.get(n))} now" for n in differing)

@@ -116,6 +116,7 @@ class OptimalSampler:
         stop: str | Sequence[str] | None = None,
         seed: int = 0,
         keys: Sequence[int] | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
         progress: bool | None = None,
     ) -> MixtureOutput:
         """One answer per prompt.
@@ -128,6 +129,8 @@ class OptimalSampler:
             stop: texts that end an answer, beside the student's end-of-text ids.
             seed, keys: the draws of an answer depend on the seed and its key (None: its place in the list) and on
                 nothing around it.
+            prefixes: token ids that an answer begins with: both models read them after their prompts. The samples hold
+                what was written after them.
             progress: a bar; None: only on a terminal.
 
         Raises:
@@ -146,6 +149,7 @@ class OptimalSampler:
             stop=stop,
             seed=seed,
             keys=keys,
+            prefixes=prefixes,
             progress=progress,
             counters=counters,
         )
@@ -173,6 +177,7 @@ class OptimalSampler:
         stop: str | Sequence[str] | None = None,
         seed: int = 0,
         keys: Sequence[int] | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
         progress: bool | None = None,
         counters: MixtureStats | None = None,
     ) -> Iterator[tuple[int, MixtureSample]]:
@@ -181,7 +186,7 @@ class OptimalSampler:
         Args:
             counters: is counted up while the samples come.
         """
-        check_prompts(prompts, theta_prompts, keys)
+        check_prompts(prompts, theta_prompts, keys, prefixes)
         strings = check_stop(stop)
         params = check_sampling(
             max_tokens=max_tokens,
@@ -197,6 +202,7 @@ class OptimalSampler:
             params,
             strings,
             range(len(prompts)) if keys is None else keys,
+            [()] * len(prompts) if prefixes is None else prefixes,
             MixtureStats() if counters is None else counters,
         )
         return ((s.index, s) for s in with_progress(samples, len(prompts), shown=progress))
@@ -212,6 +218,7 @@ class OptimalSampler:
         params: SamplingParams,
         stop: tuple[str, ...],
         keys: Sequence[int],
+        prefixes: Sequence[Sequence[int]],
         counters: MixtureStats,
     ) -> Iterator[MixtureSample]:
         maker = SampleMaker(
@@ -222,13 +229,16 @@ class OptimalSampler:
             keep_alphas=self.track_alpha_stats,
         )
         requests, index_of = [], {}
-        for index, (key, teacher, student) in enumerate(zip(keys, teacher_prompts, student_prompts, strict=True)):
+        rows = zip(keys, teacher_prompts, student_prompts, map(tuple, prefixes), strict=True)
+        for index, (key, teacher, student, prefix) in enumerate(rows):
             error = _unreadable(teacher, student)
             if error is not None:
                 yield maker.failed(index, error)
                 continue
             index_of[key] = index
-            requests.append(GenerationRequest(key=key, prompt_ids=student.ids, teacher_prompt_ids=teacher.ids))
+            requests.append(
+                GenerationRequest(key=key, prompt_ids=student.ids + prefix, teacher_prompt_ids=teacher.ids + prefix)
+            )
         if requests:
             for result in self._models.generate(requests, params, counters):
                 yield maker.finished(index_of[result.key], result)

@@ -1,4 +1,4 @@
-"""The mixture on K likely tokens by definition, tests of frequencies, and two wrong ways to judge that must be found out.
+"""The mixture on K likely tokens by definition, tests of frequencies, and two wrong ways to judge.
 
 Shape legend: V vocabulary, C cells.
 """
@@ -52,7 +52,7 @@ def chi_square(found_C: torch.Tensor, probabilities_C: torch.Tensor) -> float:
 
 
 def looks_uniform(p_values: Sequence[float]) -> bool:
-    combined = stats.combine_pvalues(p_values).pvalue
+    combined = stats.combine_pvalues([max(p, 1e-300) for p in p_values]).pvalue
     return min(combined, stats.kstest(p_values, "uniform").pvalue) > 1e-3 and min(p_values) > 1e-4
 
 

@@ -113,6 +113,14 @@ def test_a_key_names_the_draws_of_an_answer(sampler):
     assert any(other.samples[0].response_ids != alone.samples[0].response_ids for other in others)
 
 
+def test_a_prefix_is_read_by_both_models_and_not_part_of_the_sample(sampler):
+    options = dict(max_tokens=6, seed=1)
+    (sample,) = sampler.generate(["one"], ["two"], prefixes=[[IDS["is"], IDS["plus"]]], **options).samples
+    (same,) = sampler.generate(["one is plus"], ["two is plus"], **options).samples
+    assert (sample.response_ids, sample.mixture_log_probs) == (same.response_ids, same.mixture_log_probs)
+    assert (sample.teacher_prompt, sample.student_prompt_ids) == ("one", [IDS["two"]])
+
+
 def test_one_model_under_both_names_is_loaded_once(folders, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -12,7 +12,7 @@ from tests.unit.sampling.sparse_enumeration import CONTROLS, chi_square, likely,
 
 VOCABULARY, TOP_K, TEMPERATURE = 12, 6, 0.7
 SEEDS = range(12)
-BLOCKS = 4000
+BLOCKS = 1500
 
 
 def make_pair(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +67,7 @@ def test_the_frequencies_are_those_of_the_mixture_of_both_top_k():
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_wrong_judgement_is_found_out(control):
     with CONTROLS[control]():
-        found = [p_values(seed)[0] for seed in SEEDS]
+        found = [p_values(seed)[0] for seed in SEEDS[:6]]
     assert sorted(found)[len(found) // 2] < 1e-6
     assert not looks_uniform(found)
 
