@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 
 from opd.maths.divergence import divergence
 from opd.maths.head_divergence import head_divergence
@@ -79,11 +78,7 @@ def main() -> None:
                 ratios[f"{label} {key}"] = round(taken[0] / taken[1], 4)
             print(summary(label, measured, ratios), flush=True)
     if options.json:
-        machine = {
-            "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        }  # fmt: skip
-        result = {"benchmark": "distillation_loss", "machine": machine, "ratios": ratios, "raw": raw}
+        result = {"benchmark": "distillation_loss", "machine": machine(options.device), "ratios": ratios, "raw": raw}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -280,13 +275,6 @@ def summary(label: str, measured: dict[str, dict[str, float]], ratios: dict[str,
         f" loss {timing['ours_loss']:.6f} / {timing['plain_loss']:.6f},"
         f" gradient differs by {timing['largest_gradient_difference_over_largest_gradient']:.1e}"
     )
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@
 #
 #   bash examples/optimal_sampling/05_generate_train_iterate.sh
 #
-# About 2.5 minutes on two idle cores, half of it in 2 x 40 supervised steps; everything is left in
-# outputs/optimal_sampling/rounds (OUTPUT_DIR=... for another place). Killed, it goes on where it stopped. Prints, per
-# round, how many answers the filters kept and the student's greedy accuracy on 256 held-out problems before and after.
+# About 2 minutes of one idle core, half of it in 2 x 40 supervised steps; everything is left in
+# outputs/optimal_sampling/rounds (OUTPUT_DIR=... for another place). Killed, it goes on with the answers that it has;
+# training that was broken off starts again. Prints, per round, how many of 640 answers the filters kept and the
+# student's greedy accuracy on 256 held-out problems before and after:
+#
+#   round 1: 434 answers kept, held-out accuracy 36.7% -> 91.8%
+#   round 2: 593 answers kept, held-out accuracy 91.8% -> 97.7%
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -43,6 +47,7 @@ generate() {  # round, teacher, student, file to write
 
 # Supervised steps on the answers' tokens, and the trained weights as a Hugging Face folder.
 train() {  # student, folder of the round
+   rm -rf "$2/checkpoints" "$2/run"
    python train.py \
       --hf-checkpoint "$1" --save "$2/checkpoints" --output-dir "$2/run" \
       --prompt-data "$TASK/train.jsonl" --input-key prompt --label-key label --rm-type final_answer \

@@ -138,8 +138,7 @@ def _teacher_rules(config: Config) -> Iterator[str]:
         elif opd.opd_teacher_self is not None:
             got = f"{flag_text('opd_teacher_self', opd.opd_teacher_self)} is no folder, and not the student as it is"
         yield (
-            f"{ENGINE} needs a teacher that writes ({got}). Give its Hugging Face folder with "
-            "`--mixture-teacher-load`."
+            f"{ENGINE} needs a teacher that writes ({got}). Give its Hugging Face folder with `--mixture-teacher-load`."
         )
     elif teacher.folder is None and mixture.mixture_draft_tokens is not None:
         yield (

@@ -183,7 +183,8 @@ def find_tokenizers(
         )
     for source in (student, teacher):
         if source.tokenizer is not None and source.tokenizer is not own:
-            compare_tokenizers(own, source.tokenizer)
+            names = (student.name if chosen is None else "tokenizer", source.name)
+            compare_tokenizers(own, source.tokenizer, names=names)
     return own, chosen or teacher.tokenizer or own
 
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from opd.background_loop import BackgroundLoop
@@ -47,6 +47,9 @@ class SGLangMixture:
         timeout_s: for one attempt of one request.
         retries: further attempts on connection errors, time-outs and 5xx answers.
         weight_version: of results, where the student's server names none.
+        vocab_size: tokens that both models have. A request for more likely tokens than a model has, or with an id that
+            it does not have, ends an SGLang server (seen on 0.5.23); with ``vocab_size`` the first is cut to it and the
+            second refused.
     """
 
     def __init__(
@@ -63,11 +66,13 @@ class SGLangMixture:
         retries: int = 3,
         api_key: str | None = None,
         weight_version: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         for name, value in (("top_k", top_k), ("draft_tokens", draft_tokens), ("concurrency", concurrency)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self.top_k = top_k
+        self.top_k = top_k if vocab_size is None else min(top_k, vocab_size)
+        self._vocab_size = vocab_size
         self.weight_version = weight_version
         self.stats = BlockStats()
         self._student, self._teacher = (
@@ -120,6 +125,15 @@ class SGLangMixture:
 
     def _kept(self, params: SamplingParams) -> int:
         return params.top_k if params.top_k > 0 else self.top_k
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        """
+        Raises:
+            BlockError: an id that would end a server.
+        """
+        largest = max(ids, default=0)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise BlockError(f"{what} id {largest}, and the models have {self._vocab_size} tokens in common")
 
     def _results(
         self, requests: list[GenerationRequest], params: SamplingParams, mixture: Mixture
@@ -177,15 +191,16 @@ class SGLangMixture:
         answer = WrittenAnswer(
             request=request, limit=min(params.max_new_tokens, *room), params=params, weight_version=self.weight_version
         )
-        with self._length.answering():
-            while len(answer.ids) < answer.limit:
-                try:
+        try:
+            self._check_ids([*prompts[0], *prompts[1]], "a prompt has")
+            with self._length.answering():
+                while len(answer.ids) < answer.limit:
                     await self._write_block(answer, params, judge)
-                except BlockError as error:
-                    logger.warning("request %d aborted: %s", request.key, error)
-                    return answer.result(SampleStatus.ABORTED, error=str(error))
-                if answer.ids[-1] in params.stop_token_ids:
-                    return answer.result(SampleStatus.COMPLETED)
+                    if answer.ids[-1] in params.stop_token_ids:
+                        return answer.result(SampleStatus.COMPLETED)
+        except BlockError as error:
+            logger.warning("request %d aborted: %s", request.key, error)
+            return answer.result(SampleStatus.ABORTED, error=str(error))
         return answer.result(SampleStatus.TRUNCATED)
 
     async def _write_block(self, answer: WrittenAnswer, params: SamplingParams, judge: Judge) -> None:
@@ -201,6 +216,7 @@ class SGLangMixture:
             stop_token_ids=params.stop_token_ids,
             top_k=top_k,
         )
+        self._check_ids(draft.ids, "the student drafted")
         count = len(draft.ids)
         teacher = await score_block(self._teacher, teacher_tokens + draft.ids, count=count, top_k=top_k)
         here = slice(len(answer.ids), len(answer.ids) + count)

@@ -14,8 +14,16 @@ SHOWN = 3  # differing tokens in a message
 REMEDY = "A mixture weighs both models' probabilities of the same id: take two models of one family."
 
 
-def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def compare_tokenizers(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    *,
+    names: tuple[str, str] = ("model_theta", "model_teacher"),
+) -> None:
     """Same token for every id, and the same ids for a probe text.
+
+    Args:
+        names: of the arguments that the two belong to, for messages.
 
     Raises:
         ArgumentError: it names the first tokens that differ.
@@ -28,7 +36,7 @@ def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
         )
         shown = ", ".join(f"{t!r} is {_id(theirs, t)} instead of {_id(ours, t)}" for t in differing[:SHOWN])
         raise ArgumentError(
-            f"`model_teacher` and `model_theta` have different vocabularies ({len(theirs)} and {len(ours)} tokens, "
+            f"`{names[1]}` and `{names[0]}` have different vocabularies ({len(theirs)} and {len(ours)} tokens, "
             f"{len(differing)} differ): {shown}. {REMEDY}"
         )
     text = probe_text(student)
@@ -37,8 +45,8 @@ def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
         at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
         shown = " instead of ".join(repr(student.convert_ids_to_tokens(i[at : at + SHOWN])) for i in (other, ids))
         raise ArgumentError(
-            "`model_teacher` and `model_theta` have the same vocabulary and split a text differently: the teacher "
-            f"reads {shown} at token {at} of a probe text. {REMEDY}"
+            f"`{names[1]}` and `{names[0]}` have the same vocabulary and split a text differently: the first reads "
+            f"{shown} at token {at} of a probe text. {REMEDY}"
         )
 
 

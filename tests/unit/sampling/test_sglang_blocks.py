@@ -239,6 +239,20 @@ def test_a_bad_answer_of_a_server_ends_one_answer(
     assert all(result == good[key] for key, result in results.items())
 
 
+def test_no_server_is_asked_for_tokens_that_it_does_not_have(servers: TwoServers) -> None:
+    prompts = [(1, 2), (1, VOCABULARY), ((1,), (2, VOCABULARY + 3))]
+    results = write(prompts, top_k=100, vocab_size=VOCABULARY)
+    assert {request["top_logprobs_num"] for _, request in servers.requests} == {VOCABULARY}
+    assert results[0].error is None and len(results[0].response_ids) > 0
+    for key, token in ((1, VOCABULARY), (2, VOCABULARY + 3)):
+        assert results[key].status is SampleStatus.ABORTED and f"id {token}" in results[key].error
+
+    servers.requests.clear()
+    narrow = write([(1, i) for i in range(4)], vocab_size=8, top_k=4)  # half of what the student may draft
+    assert all(max(r["input_ids"]) < 8 for address, r in servers.requests if address == TEACHER)
+    assert any("the student drafted id" in (result.error or "") for result in narrow.values())
+
+
 def test_nothing_at_an_address_ends_the_call() -> None:
     engine = SGLangMixture("http://127.0.0.1:9", "http://127.0.0.1:9", max_context_len=64, retries=0)
     requests = [GenerationRequest(key=i, prompt_ids=(1, 2)) for i in range(3)]
