@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from opd.decoding.draft_length import DraftLength
 from opd.decoding.mixture import write_mixture
 from opd.decoding.stats import MixtureStats
 from opd.rollout.torch_engine import TorchEngine
@@ -64,7 +65,7 @@ class MixtureEngine(EngineWithTeacher):
         self._mixture = mixture
         self._schedule = schedule
         self._decoding = decoding
-        self._draft_tokens = draft_tokens
+        self._draft_length = DraftLength(draft_tokens)
         self._teacher_max_context_len = teacher_max_context_len
         self._scale = 0.0
         self._decoded = MixtureStats()
@@ -90,7 +91,7 @@ class MixtureEngine(EngineWithTeacher):
             params,
             replace(self._mixture, scale=self._scale),
             engine=self._decoding,
-            draft_tokens=self._draft_tokens,
+            draft_tokens=self._draft_length,
             max_running_requests=self.student.max_running_requests,
             max_context_len=self.student.max_context_len,
             teacher_max_context_len=self._teacher_max_context_len,

@@ -9,6 +9,7 @@ from torch import nn
 
 from opd.decoding.draws import sample_tokens
 from opd.decoding.loop import write_answers
+from opd.decoding.packed_linear import pack_linears
 from opd.interfaces import WeightSyncError
 from opd.maths.logprobs import token_logprobs
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
@@ -19,6 +20,7 @@ class TorchEngine:
 
     def __init__(self, model: nn.Module, *, max_running_requests: int, max_context_len: int) -> None:
         self.model = model.eval().requires_grad_(False)
+        pack_linears(self.model)
         self.max_running_requests = max_running_requests
         self.max_context_len = max_context_len
         self.weight_version = 0

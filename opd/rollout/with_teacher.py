@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from opd.decoding.packed_linear import pack_linears
 from opd.rollout.torch_engine import TorchEngine
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
 
@@ -26,6 +27,7 @@ class EngineWithTeacher(ABC):
     def __init__(self, student: TorchEngine, teacher: nn.Module) -> None:
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
+        pack_linears(self.teacher)
 
     @abstractmethod
     def generate(self, requests: list[GenerationRequest], params: SamplingParams) -> Iterator[GenerationResult]:

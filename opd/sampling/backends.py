@@ -50,6 +50,7 @@ class LocalModels:
             for source, positions in ((student, student_positions), (teacher, teacher_positions))
         )  # (student's, teacher's)
         self._settings, self._mixture = settings, mixture
+        self._draft_length = DraftLength(settings.draft_tokens)  # what it measures serves the next call too
         self._student, self._teacher = load_pair(student, teacher, dtype=dtype, device=device)
 
     def generate(
@@ -63,7 +64,7 @@ class LocalModels:
             requests=len(requests),
             tokens=min(longest + params.max_new_tokens, max(self._max_context_lens)),
             vocab_size=self._vocab_size,
-            draft_tokens=DraftLength(settings.draft_tokens).longest,
+            draft_tokens=self._draft_length.longest,
             utilization=settings.gpu_memory_utilization,
         )
         return write_mixture(
@@ -73,7 +74,7 @@ class LocalModels:
             params,
             self._mixture,
             engine=settings.engine,
-            draft_tokens=settings.draft_tokens,
+            draft_tokens=self._draft_length,
             vocab_size=self._vocab_size,
             max_running_requests=rows,
             max_context_len=self._max_context_lens[0],

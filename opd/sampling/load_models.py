@@ -17,6 +17,7 @@ from torch import nn
 
 from opd.config.model_facts import FAMILIES, find_hf_config, read_model_facts
 from opd.data.tokenizer import eos_token_ids, load_tokenizer
+from opd.decoding.packed_linear import pack_linears
 from opd.sampling.arguments import ArgumentError
 from opd.sampling.tokenizer_match import compare_tokenizers
 
@@ -207,6 +208,9 @@ def load_pair(
             f"`model_theta` is on {places[0]} and `model_teacher` on {places[1]}: their logits are mixed token by "
             "token. Move both to one device."
         )
+    for source, model in ((student, student_model), (teacher, teacher_model)):
+        if source.module is None:  # a module that was given may be trained by its owner
+            pack_linears(model)
     return student_model, teacher_model
 
 
