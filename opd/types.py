@@ -108,7 +108,8 @@ class GenerationResult:
     status: SampleStatus
     weight_version: int | None = None
     top_ids: list[list[int]] | None = None  # with SamplingParams.top_ids: the likeliest ids at each response token
-    # Of a mixture, at each response token: both models' log softmax(logits / temperature), not truncated, and ``a``.
+    # Of a mixture, at each response token: both models' log softmax(logits / temperature), not truncated, and ``a``. Over
+    # SGLang servers see ``opd.sampling.sparse_mixture.JudgedBlock``.
     student_log_probs: list[float] | None = None
     teacher_log_probs: list[float] | None = None
     alphas: list[float] | None = None

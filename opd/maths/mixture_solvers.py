@@ -185,8 +185,8 @@ def _kl_symmetry(pair: _Pair) -> torch.Tensor:
             equal_R1 = square_R1 <= rounding_R1 * total_R1
         up_R1, down_R1 = square_above_R1 / above_R1, (square_R1 - square_above_R1) / below_R1
         cube_R1, cube_above_R1 = _sum(weighted_RV.mul_(ratio_RV)), _sum(parts_RV.mul_(ratio_RV))
-        curve_R1 = cube_above_R1 / above_R1 - up_R1.square()
-        curve_R1 -= (cube_above_R1 - cube_R1) / below_R1 - down_R1.square()
+        curve_R1 = cube_above_R1 / above_R1 - up_R1 * up_R1
+        curve_R1 -= (cube_above_R1 - cube_R1) / below_R1 - down_R1 * down_R1
         bracket.narrow(mean_R1 > 0, (above_R1 / below_R1).log_(), up_R1 + down_R1, curve_R1)
     return torch.where(equal_R1, 0.5, bracket.alpha_R1)
 
@@ -196,15 +196,16 @@ def _ess_balance(pair: _Pair) -> torch.Tensor:
     _, rounding_R1 = _centre(pair)
     bracket = _Bracket(pair.ratio_RV[:, :1])
     _, mean_R1, variance_R1 = _cumulants(pair, bracket.alpha_R1)
-    equal_R1 = variance_R1 + mean_R1.square() <= rounding_R1
+    equal_R1 = variance_R1 + mean_R1 * mean_R1 <= rounding_R1
     base_R1 = _cumulants(pair, torch.zeros_like(bracket.alpha_R1))[0]
     for _ in range(ESS_STEPS):
         student = _cumulants(pair, -bracket.alpha_R1)
         teacher = _cumulants(pair, 2 - bracket.alpha_R1)
         student_R1, teacher_R1 = student[0] - base_R1, teacher[0] - base_R1
         up_R1, down_R1 = -student[1] / student_R1, -teacher[1] / teacher_R1
-        curve_R1 = (student[2] / student_R1 - up_R1.square()) - (teacher[2] / teacher_R1 - down_R1.square())
-        bracket.narrow(student_R1 > teacher_R1, (student_R1 / teacher_R1).log_(), up_R1 - down_R1, curve_R1)
+        curve_R1 = (student[2] / student_R1 - up_R1 * up_R1) - (teacher[2] / teacher_R1 - down_R1 * down_R1)
+        steps = ((student_R1 / teacher_R1).log_(), up_R1 - down_R1, curve_R1)
+        bracket.narrow(student_R1 > teacher_R1, *(x.to(pair.ratio_RV.dtype) for x in steps))
     return torch.where(equal_R1, 0.5, bracket.alpha_R1)
 
 
@@ -214,7 +215,7 @@ def _cumulants(pair: _Pair, exponent_R1: torch.Tensor) -> tuple[torch.Tensor, to
     total_R1 = _exact_sum(weights_RV)
     mean_R1 = _exact_sum(weights_RV.mul_(pair.ratio_RV)) / total_R1
     square_R1 = _exact_sum(weights_RV.mul_(pair.ratio_RV)) / total_R1
-    return top_R1 + total_R1.log(), mean_R1, square_R1 - mean_R1.square()
+    return top_R1 + total_R1.log(), mean_R1, square_R1 - mean_R1 * mean_R1
 
 
 class _Bracket:
@@ -229,13 +230,12 @@ class _Bracket:
         self, above_R1: torch.Tensor, value_R1: torch.Tensor, slope_R1: torch.Tensor, curve_R1: torch.Tensor
     ) -> None:
         """A step of Halley's (``curve`` is the second derivative) where it stays inside, else halve."""
-        self.high_R1 = torch.where(above_R1, self.alpha_R1, self.high_R1)
-        self.low_R1 = torch.where(above_R1, self.low_R1, self.alpha_R1)
-        step_R1 = value_R1 * slope_R1 / (slope_R1.square() - 0.5 * value_R1 * curve_R1)
-        next_R1 = (self.alpha_R1 - step_R1).to(self.low_R1.dtype)
-        inside_R1 = (next_R1 >= self.low_R1 - _SLACK) & (next_R1 <= self.high_R1 + _SLACK)  # not if it is NaN
-        halved_R1 = torch.lerp(self.low_R1, self.high_R1, 0.5)
-        self.alpha_R1 = torch.where(inside_R1, next_R1.clamp(0, 1), halved_R1)
+        self.high_R1 = torch.where(above_R1, self.alpha_R1 + _SLACK, self.high_R1)
+        self.low_R1 = torch.where(above_R1, self.low_R1, self.alpha_R1 - _SLACK)
+        scale_R1 = torch.addcmul(slope_R1 * slope_R1, value_R1, curve_R1, value=-0.5)
+        next_R1 = torch.addcdiv(self.alpha_R1, value_R1 * slope_R1, scale_R1, value=-1)
+        inside_R1 = torch.clamp(next_R1, self.low_R1, self.high_R1) == next_R1  # not if it is NaN
+        self.alpha_R1 = torch.where(inside_R1, next_R1, torch.lerp(self.low_R1, self.high_R1, 0.5))
 
 
 _SOLVERS = {"kl_symmetry": _kl_symmetry, "ess_balance": _ess_balance, "entropy": _entropy}

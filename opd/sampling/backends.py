@@ -122,6 +122,7 @@ class ServedModels:
             str(student.url),
             str(teacher.url),
             top_k=top_k,
+            vocab_size=len(tokenizer),
             draft_tokens=settings.draft_tokens,
             concurrency=settings.max_running_requests or SERVED_CONCURRENCY,
             max_context_len=student_context,
