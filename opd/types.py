@@ -93,7 +93,7 @@ class GenerationRequest:
 class Mixture:
     """The distribution ``q`` proportional to ``student^(1 - a) * teacher^a`` at every token (``opd.maths.mixture``)."""
 
-    method: str = "kl_symmetry"  # how ``a`` is found: kl_symmetry, ess_balance, entropy or fixed
+    method: str = "kl_symmetry"  # how ``a`` is found: one of ``opd.maths.mixture.METHODS``
     fixed_alpha: float | None = None  # ``a`` itself, in [0, 1], with method "fixed" and only there
     scale: float = 1.0  # the weight in use is min(1, scale * a): 0 is the student alone
 
@@ -108,8 +108,8 @@ class GenerationResult:
     status: SampleStatus
     weight_version: int | None = None
     top_ids: list[list[int]] | None = None  # with SamplingParams.top_ids: the likeliest ids at each response token
-    # Of a mixture, at each response token: both models' log softmax(logits / temperature), not truncated, and ``a``. Over
-    # SGLang servers see ``opd.sampling.sparse_mixture.JudgedBlock``.
+    # Of a mixture, at each response token: both models' log softmax(logits / temperature), not truncated, and ``a``.
+    # Over SGLang servers see ``opd.sampling.sparse_mixture.JudgedBlock``.
     student_log_probs: list[float] | None = None
     teacher_log_probs: list[float] | None = None
     alphas: list[float] | None = None

@@ -260,7 +260,7 @@ class OffPolicyFlags:
 class MixtureFlags:
     """--rollout-engine mixture: answers come from q, proportional to student^(1 - a) * teacher^a at every token."""
 
-    mixture_alpha_method: str = flag("kl_symmetry", "how the teacher's weight a is found at every token: kl_symmetry (q is as far from either model, in KL), ess_balance (the importance weights towards either have the same variance), entropy (by the models' uncertainties) or fixed", choices=("kl_symmetry", "ess_balance", "entropy", "fixed"))
+    mixture_alpha_method: str = flag("kl_symmetry", "how the teacher's weight a is found at every token: kl_symmetry (q is as far from either model, in KL), ess_balance (a = 0.5), ess_weights (its importance weights towards either have the same variance), entropy (by the models' uncertainties) or fixed", choices=("kl_symmetry", "ess_balance", "ess_weights", "entropy", "fixed"))
     mixture_fixed_alpha: float | None = flag(None, "a itself, with --mixture-alpha-method fixed: 0 is the student alone, 1 the teacher alone")
     mixture_alpha_scale: list[float] | None = flag(None, "START END: the weight in use is min(1, scale * a), and scale goes from START (first rollout) to END in equal steps; 2 is nearly the teacher alone, 0 the student alone; 1 throughout without it", nargs="+")
     mixture_schedule_steps: int | None = flag(None, "rollouts until --mixture-alpha-scale is at END; all of --num-rollout without it")

@@ -6,12 +6,13 @@ computed in float32, or float64 where an input is. With ``s`` and ``t`` the two 
 common support, ``a`` is chosen by
 
     kl_symmetry   KL(q || s) = KL(q || t), the Chernoff point: of all q_a the one for which the larger of both is least
-    ess_balance   sum s^2/q = sum t^2/q: samples of q stand for as many of the student's as of the teacher's
+    ess_balance   sum q^2/s = sum q^2/t: samples of s, weighed by q/s, are worth as many of q as those of t are. Its
+                  root is 1/2 for every pair (both sides are 1/(sum sqrt(s t))^2 there): q is the geometric mean
+    ess_weights   sum s^2/q = sum t^2/q: samples of q, weighed by s/q, are worth as many of s as of t
     entropy       H(s) / (H(s) + H(t)): the surer model gets the more weight
     fixed         a number
 
 Each root is unique in (0, 1) unless s = t, where every a gives the same q and 0.5 is returned.
-(``sum q^2/s = sum q^2/t`` is no method: at a = 1/2 it reads ``sum t = sum s``, so its root is 1/2 for every pair.)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 
 from opd.maths.mixture_solvers import NOTHING, Solved, Workspace, solve_block
 
-METHODS = ("kl_symmetry", "ess_balance", "entropy", "fixed")
+METHODS = ("kl_symmetry", "ess_balance", "ess_weights", "entropy", "fixed")
 # Elements of one buffer of a block, for each thread: four of them fit in 1 MiB of second-level cache.
 _ELEMENTS_A_THREAD = 1 << 16
 _ELEMENTS_ON_A_DEVICE = 1 << 25  # no cache to fit; bounds the memory to four times 128 MiB
@@ -73,6 +74,8 @@ def mix(
     """
     _check_logits(student_logits_BV, teacher_logits_BV)
     _check_weight(method, fixed_alpha, scale)
+    if method == "ess_balance":
+        method, fixed_alpha = "fixed", 0.5
     options = {"method": method, "alpha": fixed_alpha, "scale": float(scale)}
     return _mix(student_logits_BV, teacher_logits_BV, **options, compiled=compiled)
 

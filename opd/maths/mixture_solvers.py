@@ -101,7 +101,7 @@ def _prepare(
     for logits_RV, out_RV in ((student_logits_RV, student_RV), (teacher_logits_RV, teacher_RV)):
         top_R1 = logits_RV.amax(-1, keepdim=True).to(out_RV.dtype).clamp_min_(NOTHING)
         torch.sub(logits_RV, top_R1, out=out_RV)
-        norms.append(torch.exp(out_RV, out=spare_RV[0]).sum(-1, keepdim=True).log_().add_(top_R1))
+        norms.append(_sum(torch.exp(out_RV, out=spare_RV[0])).log_().add_(top_R1))
         out_RV.clamp_min_(NOTHING)
         tops.append(top_R1)
     either_RV = torch.minimum(student_RV, teacher_RV, out=spare_RV[0])
@@ -128,6 +128,14 @@ def _weights(pair: _Pair, exponent_R1: torch.Tensor | float) -> tuple[torch.Tens
 
 
 def _sum(values_RV: torch.Tensor) -> torch.Tensor:
+    """Torch adds in pairs; compiled code adds one after another, which in float32 puts 2e-5 on the weight."""
+    if torch.compiler.is_compiling():
+        return _exact_sum(values_RV).to(values_RV.dtype)
+    return values_RV.sum(-1, keepdim=True)
+
+
+def _rough_sum(values_RV: torch.Tensor) -> torch.Tensor:
+    """Of derivatives: an error makes the next step shorter or longer, and moves no root."""
     return values_RV.sum(-1, keepdim=True)
 
 
@@ -180,18 +188,18 @@ def _kl_symmetry(pair: _Pair) -> torch.Tensor:
         torch.clamp_min(weighted_RV.mul_(ratio_RV), 0, out=parts_RV)
         mean_R1, above_R1 = _sum(weighted_RV), _sum(parts_RV)
         below_R1 = above_R1 - mean_R1
-        square_R1, square_above_R1 = _sum(weighted_RV.mul_(ratio_RV)), _sum(parts_RV.mul_(ratio_RV))
+        square_R1, square_above_R1 = _rough_sum(weighted_RV.mul_(ratio_RV)), _rough_sum(parts_RV.mul_(ratio_RV))
         if equal_R1 is None:
             equal_R1 = square_R1 <= rounding_R1 * total_R1
         up_R1, down_R1 = square_above_R1 / above_R1, (square_R1 - square_above_R1) / below_R1
-        cube_R1, cube_above_R1 = _sum(weighted_RV.mul_(ratio_RV)), _sum(parts_RV.mul_(ratio_RV))
+        cube_R1, cube_above_R1 = _rough_sum(weighted_RV.mul_(ratio_RV)), _rough_sum(parts_RV.mul_(ratio_RV))
         curve_R1 = cube_above_R1 / above_R1 - up_R1 * up_R1
         curve_R1 -= (cube_above_R1 - cube_R1) / below_R1 - down_R1 * down_R1
         bracket.narrow(mean_R1 > 0, (above_R1 / below_R1).log_(), up_R1 + down_R1, curve_R1)
     return torch.where(equal_R1, 0.5, bracket.alpha_R1)
 
 
-def _ess_balance(pair: _Pair) -> torch.Tensor:
+def _ess_weights(pair: _Pair) -> torch.Tensor:
     """The root of ``log K(-a) - log K(2 - a)``: ``sum s^2 / q = sum t^2 / q`` less the normaliser that both contain."""
     _, rounding_R1 = _centre(pair)
     bracket = _Bracket(pair.ratio_RV[:, :1])
@@ -238,4 +246,4 @@ class _Bracket:
         self.alpha_R1 = torch.where(inside_R1, next_R1, torch.lerp(self.low_R1, self.high_R1, 0.5))
 
 
-_SOLVERS = {"kl_symmetry": _kl_symmetry, "ess_balance": _ess_balance, "entropy": _entropy}
+_SOLVERS = {"kl_symmetry": _kl_symmetry, "ess_weights": _ess_weights, "entropy": _entropy}

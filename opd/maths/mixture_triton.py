@@ -2,7 +2,7 @@
 
 Shapes: B rows, V vocabulary, L lanes of a tile. The equations and the names are those of ``mixture_solvers``. Sums are
 kept per lane, each relative to that lane's own maximum, and merged at the end of a pass. Both rows are read seven
-times for kl_symmetry and 18 times for ess_balance: from the L2 cache, after the first time, where it holds them.
+times for kl_symmetry and 18 times for ess_weights: from the L2 cache, after the first time, where it holds them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from opd.maths.mixture_solvers import ESS_STEPS, KL_STEPS, Solved
 # 16 warps of 8 columns a thread: 32 KiB of loads in flight a program. Reasoned, not tuned on a device.
 LANES = 4096
 NUM_WARPS = 16
-METHODS = {"kl_symmetry": 0, "ess_balance": 1}
+METHODS = {"kl_symmetry": 0, "ess_weights": 1}
 
 _KL, _ESS = tl.constexpr(0), tl.constexpr(1)
 _KL_STEPS, _ESS_STEPS = tl.constexpr(KL_STEPS), tl.constexpr(ESS_STEPS)

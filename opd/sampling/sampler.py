@@ -34,7 +34,7 @@ class OptimalSampler:
             of an SGLang server (``http://HOST:PORT``; then both). The same folder, or the same module, twice is loaded
             once and its two views are computed in one batch.
         teacher_system_prompt, theta_system_prompt: system message of each model's chat, in place of a prompt's own.
-        alpha_method: how the teacher's weight is found: "kl_symmetry", "ess_balance", "entropy" or "fixed".
+        alpha_method: how the teacher's weight is found: one of ``opd.maths.mixture.METHODS``.
         fixed_alpha: that weight, in [0, 1], with "fixed" and only there.
         track_alpha_stats: keep the weight of every token.
         tokenizer: folder or object, for both models in place of their own. Needed for modules that come from no folder

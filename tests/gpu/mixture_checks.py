@@ -7,7 +7,7 @@ from opd.maths.mixture import mix
 from opd.maths.mixture_triton import solve_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-METHODS = ("kl_symmetry", "ess_balance")
+METHODS = ("kl_symmetry", "ess_weights")
 LANES = 16  # three tiles for 37 columns
 
 

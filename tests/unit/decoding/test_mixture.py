@@ -78,11 +78,11 @@ def test_two_views_of_one_model_are_exact_too():
     assert stats.combine_pvalues(found).pvalue > 1e-3
 
 
-def test_ess_balance_is_exact_too():
+def test_ess_weights_is_exact_too():
     found = [
         chi_square(
-            write(*pair(seed), sampling=params(seed=seed), mixture=Mixture(method="ess_balance")),
-            exact_answers(*pair(seed), "ess_balance"),
+            write(*pair(seed), sampling=params(seed=seed), mixture=Mixture(method="ess_weights")),
+            exact_answers(*pair(seed), "ess_weights"),
         )
         for seed in SEEDS
     ]
@@ -147,8 +147,10 @@ def test_log_probs_and_alphas_are_those_of_full_forward_passes(options, limits):
             kept_s, kept_t = (kept(row[i], **limits) for row in rows)
             both = kept_s.isfinite() & kept_t.isfinite()
             if int(both.sum()) > 1:
-                log_q, alpha = mixed(kept_s[both].log_softmax(-1), kept_t[both].log_softmax(-1), "kl_symmetry")
-                assert result.alphas[i] == pytest.approx(float(alpha), abs=1e-3)
+                log_s, log_t = kept_s[both].log_softmax(-1), kept_t[both].log_softmax(-1)
+                log_q, alpha = mixed(log_s, log_t, "kl_symmetry")
+                if float((log_s.exp() * (log_s - log_t)).sum()) > 1e-3:  # nearer than that, any weight gives one q
+                    assert result.alphas[i] == pytest.approx(float(alpha), abs=1e-3)
                 place = int(both[: result.response_ids[i]].sum())
                 assert result.log_probs[i] == pytest.approx(float(log_q[place]), abs=1e-4)
             if both.any():
@@ -184,11 +186,11 @@ def test_at_scale_zero_the_student_writes_what_it_writes_alone():
 def test_acceptance_and_tokens_per_round_follow_the_formula():
     totals = MixtureStats()
     for seed in SEEDS:
-        write(*pair(seed), count=64, rows=64, sampling=params(max_new_tokens=40), draft_tokens=4, stats=totals)
+        write(*pair(seed), count=64, rows=64, sampling=params(max_new_tokens=20), draft_tokens=4, stats=totals)
     judged = 1 - float(torch.stack([overlap(seed) for seed in SEEDS]).mean())
     assert totals.acceptance == pytest.approx(judged, abs=0.12)  # of other prefixes than those sampled
-    assert totals.tokens_per_round == pytest.approx(expected_tokens(totals.acceptance, 4), rel=0.1)
-    assert totals.tokens == 12 * 64 * 40
+    assert totals.tokens_per_round == pytest.approx(expected_tokens(totals.acceptance, 4), rel=0.15)
+    assert totals.tokens == 12 * 64 * 20
 
 
 def overlap(seed: int) -> torch.Tensor:
