@@ -6,7 +6,7 @@ Shape legend: B drafted tokens, K likely tokens at each position.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,34 @@ async def score_block(server: BlockServer, tokens: list[int], *, count: int, top
     except TeacherScoreError as error:
         raise BlockError(f"the teacher's server returned no score of the draft: {error}") from error
     return likely_tokens(answer["meta_info"], "input", count, top_k, "teacher")
+
+
+def within_vocabulary(draft: Draft, vocab_size: int) -> tuple[Draft, list[int]]:
+    """(the draft up to the first id beyond the vocabulary, the ids to be scored).
+
+    Heads are padded to different widths, and an id that a model does not have ends its server. Such an id is no token
+    of the mixture: it will be rejected, whatever stands in its place in the request, and all after it is forgotten.
+
+    Raises:
+        BlockError: the student has no other token.
+    """
+    end = next((i for i, token in enumerate(draft.ids) if token >= vocab_size), len(draft.ids))
+    ids = draft.ids[: end + 1]
+    likely = LikelyTokens(draft.likely.ids_BK[: len(ids)], draft.likely.logprobs_BK[: len(ids)])
+    likely = without_others(likely, vocab_size, "student")
+    return replace(draft, ids=ids, likely=likely), [token if token < vocab_size else 0 for token in ids]
+
+
+def without_others(likely: LikelyTokens, vocab_size: int, whose: str) -> LikelyTokens:
+    """Ids beyond the vocabulary get no probability.
+
+    Raises:
+        BlockError: a position with no other id.
+    """
+    logprobs_BK = likely.logprobs_BK.masked_fill(likely.ids_BK >= vocab_size, -torch.inf)
+    if bool(logprobs_BK.isneginf().all(-1).any()):
+        raise BlockError(f"the {whose} finds only ids likely that are beyond the {vocab_size} tokens in common")
+    return LikelyTokens(likely.ids_BK, logprobs_BK)
 
 
 def likely_tokens(meta: dict[str, Any], side: str, positions: int, top_k: int, whose: str) -> LikelyTokens:

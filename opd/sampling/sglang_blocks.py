@@ -12,14 +12,21 @@ import asyncio
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from opd.background_loop import BackgroundLoop
 from opd.decoding.draft_length import DraftLength
 from opd.decoding.loop import prompt_problem
 from opd.sampling.block_answers import BlockStats, Judge, WrittenAnswer
-from opd.sampling.block_drafts import BlockError, BlockServer, draft_block, score_block
+from opd.sampling.block_drafts import (
+    BlockError,
+    BlockServer,
+    draft_block,
+    score_block,
+    within_vocabulary,
+    without_others,
+)
 from opd.sampling.block_length import BlockLength
 from opd.sampling.sparse_mixture import DraftedBlock
 from opd.serving.http import JsonClient, base_url
@@ -126,14 +133,14 @@ class SGLangMixture:
     def _kept(self, params: SamplingParams) -> int:
         return params.top_k if params.top_k > 0 else self.top_k
 
-    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+    def _check_ids(self, prompts: Iterable[Sequence[int]]) -> None:
         """
         Raises:
             BlockError: an id that would end a server.
         """
-        largest = max(ids, default=0)
+        largest = max(max(prompt) for prompt in prompts)
         if self._vocab_size is not None and largest >= self._vocab_size:
-            raise BlockError(f"{what} id {largest}, and the models have {self._vocab_size} tokens in common")
+            raise BlockError(f"a prompt has id {largest}, and the models have {self._vocab_size} tokens in common")
 
     def _results(
         self, requests: list[GenerationRequest], params: SamplingParams, mixture: Mixture
@@ -192,7 +199,7 @@ class SGLangMixture:
             request=request, limit=min(params.max_new_tokens, *room), params=params, weight_version=self.weight_version
         )
         try:
-            self._check_ids([*prompts[0], *prompts[1]], "a prompt has")
+            self._check_ids(prompts)
             with self._length.answering():
                 while len(answer.ids) < answer.limit:
                     await self._write_block(answer, params, judge)
@@ -216,9 +223,13 @@ class SGLangMixture:
             stop_token_ids=params.stop_token_ids,
             top_k=top_k,
         )
-        self._check_ids(draft.ids, "the student drafted")
+        sent = draft.ids
+        if self._vocab_size is not None:
+            draft, sent = within_vocabulary(draft, self._vocab_size)
         count = len(draft.ids)
-        teacher = await score_block(self._teacher, teacher_tokens + draft.ids, count=count, top_k=top_k)
+        teacher = await score_block(self._teacher, teacher_tokens + sent, count=count, top_k=top_k)
+        if self._vocab_size is not None:
+            teacher = without_others(teacher, self._vocab_size, "teacher")
         here = slice(len(answer.ids), len(answer.ids) + count)
         block = await judge(
             DraftedBlock(

@@ -126,7 +126,8 @@ def judge_blocks(
     norm_B1 = 0.0 if temperature == 1 else scaled_BK.logsumexp(-1, keepdim=True)
     log_s_B, log_q_B = student.values_at(ids_B, student.logprobs_BK, log_q_BK)
     (log_t_B,) = teacher.values_at(ids_B, scaled_BK - norm_B1)
-    log_t_B = torch.where(log_t_B.isneginf(), (scaled_BK - norm_B1).amin(-1), log_t_B)
+    least_B = (scaled_BK - norm_B1).masked_fill(scaled_BK.isneginf(), torch.inf).amin(-1)
+    log_t_B = torch.where(log_t_B.isneginf(), least_B, log_t_B)
     columns = [x.tolist() for x in (ids_B, log_q_B, log_s_B, log_t_B, mixed.alpha_B, outside_B, ~mixed.overlap_B)]
     judged = []
     for first, accepted, count in zip(firsts, kept, counts, strict=False):

@@ -181,7 +181,9 @@ def test_no_server_is_asked_for_tokens_that_it_does_not_have(servers: TwoServers
     servers.requests.clear()
     narrow = write([(1, i) for i in range(4)], vocab_size=8, top_k=4)  # half of what the student may draft
     assert all(max(r["input_ids"]) < 8 for address, r in servers.requests if address == TEACHER)
-    assert any("the student drafted id" in (result.error or "") for result in narrow.values())
+    assert all(max(result.response_ids, default=0) < 8 for result in narrow.values())
+    unlike = [result.error for result in narrow.values() if result.error]
+    assert len(unlike) < len(narrow) and all("finds only ids likely that are beyond" in error for error in unlike)
 
 
 def test_nothing_at_an_address_ends_the_call() -> None:
