@@ -28,7 +28,7 @@ class Size:
 
 
 TEACHER = Size(1024, 12)
-STUDENTS = {"student .25": Size(512, 8), "student .1": Size(256, 4)}
+STUDENTS = {"student .25": Size(512, 5), "student .1": Size(256, 4)}
 
 
 def make_model(

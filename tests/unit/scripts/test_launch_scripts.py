@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples" / "on_policy_distillation"
 LIB = ROOT / "scripts" / "lib" / "sglang_server.sh"
-SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *(ROOT / "scripts").rglob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*(ROOT / "examples").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sh"), ROOT / ".ci" / "run"])
 
 QWEN3_8B = {
     "model_type": "qwen3",
