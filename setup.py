@@ -45,10 +45,20 @@ setup(
     extras_require={
         "cpu": TRAINING,  # SGLang on a CPU needs the lock: its metadata pulls CUDA-only packages
         "gpu": [*TRAINING, "sglang==0.5.23", "sglang-router==0.3.2"],
-        "report": ["matplotlib", "tensorboard"],
+        "report": ["matplotlib", "prometheus_client", "tensorboard"],
         "math": ["math-verify"],
         "wandb": ["wandb"],
-        "dev": ["hypothesis", "matplotlib", "math-verify", "pytest", "pytest-timeout", "ruff", "tensorboard"],
+        "dev": [
+            "hypothesis",
+            "matplotlib",
+            "math-verify",
+            "prometheus_client",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "tensorboard",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -7,10 +7,12 @@ from contextlib import ExitStack
 
 from opd.config import Config, ConfigError, exit_with_error, parse_config, warnings
 from opd.errors import UserError
+from opd.preemption import Preempted, StopRequest
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 done, 1 stopped by something to mend, 2 refused before anything started, 130 Ctrl-C."""
+    """Exit status: 0 done or saved after SIGTERM, 1 stopped by something to mend, 2 refused before anything started,
+    130 Ctrl-C."""
     try:
         config = parse_config(argv)
         if config.output.dry_run:
@@ -22,6 +24,9 @@ def main(argv: list[str]) -> int:
         exit_with_error(error)
     except UserError as error:
         exit_with_error(error, status=1)
+    except Preempted:
+        print("stopped by SIGTERM; --load SAVE goes on from the last checkpoint", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -37,11 +42,15 @@ def show_plan(config: Config) -> int:
 
 
 def train(config: Config) -> int:
-    from opd.build import build
-    from opd.step import run
-
+    stop = StopRequest(alone=config.parallel.world_size == 1)
+    stop.listen()
     with ExitStack() as stack:
-        run(*build(config, stack))
+        with stop.interruptible():
+            from opd.build import build
+            from opd.step import run
+
+            parts, state = build(config, stack, stop)
+        run(parts, state)
     return 0
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,13 +20,24 @@ from opd.build_data import (
     stop_token_ids,
     training_prompts,
 )
-from opd.build_rewards import check_served_teachers, reward_functions, scoring_stats
+from opd.build_rewards import (
+    check_served_teachers,
+    cross_tokenizer,
+    own_teacher_tokenizer,
+    reward_functions,
+    score_wait,
+    scoring_stats,
+)
 from opd.config.mixture_rules import mixing_teacher, scale_of
 from opd.config.model_rules import max_context_len, student_facts
 from opd.config.schema import Config
 from opd.data.tokenizer import load_tokenizer
 from opd.interfaces import RolloutEngine
+from opd.preemption import StopRequest
+from opd.rollout.ahead import BackgroundRollouts
 from opd.rollout.driver import RolloutDriver, keep_rewards
+from opd.rollout.journal import FOLDER, RolloutJournal, journal_identity
+from opd.rollout.journaled import JournaledEngine, JournaledReward
 from opd.rollout.mixture_engine import MixtureEngine, ScaleSchedule
 from opd.rollout.speculative_kd import SpeculativeKDEngine
 from opd.rollout.torch_engine import TorchEngine
@@ -36,8 +48,10 @@ from opd.types import Mixture
 logger = logging.getLogger(__name__)
 
 
-def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
+def build(config: Config, stack: ExitStack, stop: StopRequest) -> tuple[Parts, RunState]:
     """Everything a run needs, cheap checks first; ``stack`` closes what was started, in reverse order.
+
+    ``stop`` is handed on.
 
     Raises:
         ConfigError, PromptDataError: data that cannot be used.
@@ -46,11 +60,14 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
     """
     tokenizer = load_tokenizer(config.checkpoint.hf_checkpoint, config.output.trust_remote_code)
     context = max_context_len(config, student_facts(config))
-    prompts, eval_sets = training_prompts(config, tokenizer, context), evaluation_sets(config, tokenizer, context)
+    teacher_tokenizer = own_teacher_tokenizer(config)
+    text = cross_tokenizer(config, tokenizer, teacher_tokenizer)
+    prompts = training_prompts(config, tokenizer, context, teacher_tokenizer)
+    eval_sets = evaluation_sets(config, tokenizer, context)
     answers = answers_from_file(config, tokenizer, context)
     leader = int(os.environ.get("RANK", "0")) == 0
     if leader and config.opd.opd_type == "sglang" and not config.opd.opd_skip_teacher_selftest:
-        check_served_teachers(config, tokenizer)
+        check_served_teachers(config, tokenizer, teacher_tokenizer)
 
     from opd.megatron_backend import device as megatron_device
 
@@ -66,7 +83,7 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
     if answers is not None and state.answers is not None:
         answers.restore(state.answers)
 
-    rollout = eval_rollout = reporter = None
+    rollout = eval_rollout = reporter = journal = background = None
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     if leader:
         from opd.report.reporter import Reporter
@@ -74,14 +91,19 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
         engine, student = _engines(config, device, context)
         stack.callback(engine.close)
         args = argparse.Namespace(**config.flat())
-        task_reward, reward, post_process = reward_functions(config)
+        task_reward, reward, post_process = reward_functions(config, text)
+        journal = _journal(config, state)
+        if journal is not None:
+            stack.callback(journal.close)
+            reward = JournaledReward(reward, journal)
         rollout = RolloutDriver(
-            engine,
+            engine if journal is None else JournaledEngine(engine, journal),
             reward=reward,
             post_process=post_process,
             args=args,
             decode=decode,
             take_scoring_stats=scoring_stats(config, engine),
+            score_wait=score_wait(config, reward),
         )
         eval_rollout = RolloutDriver(student, reward=task_reward, post_process=keep_rewards, args=args, decode=decode)
         stack.callback(rollout.close)
@@ -91,6 +113,9 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
                 config.output, total_steps=config.rollout.num_rollout, start_step=state.step, run_flags=config.flat()
             )
         )
+        if config.rollouts_ahead > 0:
+            background = BackgroundRollouts()
+            stack.callback(background.close)
     train_sampling, eval_sampling = sampling_params(config, stop_token_ids(config, tokenizer))
     parts = Parts(
         config=config,
@@ -106,8 +131,27 @@ def build(config: Config, stack: ExitStack) -> tuple[Parts, RunState]:
         reporter=reporter,
         decode=tokenizer.decode,
         probe=probe_text(prompts),
+        background=background,
+        journal=journal,
+        stop=stop,
     )
     return parts, state
+
+
+def _journal(config: Config, state: RunState) -> RolloutJournal | None:
+    """Of a run that saves. Without intervals it could only be resumed after an orderly end: the last steps will do."""
+    flags = config.checkpoint
+    if flags.save is None:
+        return None
+    return RolloutJournal(
+        Path(flags.save) / FOLDER,
+        identity=journal_identity(config),
+        samples_per_rollout=config.samples_per_rollout,
+        resumed_step=state.step,
+        beside_checkpoint=flags.load is not None and Path(flags.load).resolve() == Path(flags.save).resolve(),
+        max_staleness=config.rollouts_ahead,
+        keep_steps=None if flags.save_interval else 1 + config.rollouts_ahead,
+    )
 
 
 def _engines(config: Config, device: torch.device, max_context_len: int) -> tuple[RolloutEngine, RolloutEngine]:

@@ -20,7 +20,10 @@ from opd.data.tokenizer import eos_token_ids
 from opd.types import Sample, SampleStatus, SamplingParams, TokenBatch
 
 
-def training_prompts(config: Config, tokenizer: Any, max_context_len: int) -> PromptDataset:
+def training_prompts(
+    config: Config, tokenizer: Any, max_context_len: int, teacher_tokenizer: Any = None
+) -> PromptDataset:
+    """``teacher_tokenizer``: of a teacher that reads prompts in its own tokens."""
     data = config.data
     return PromptDataset(
         data.prompt_data,
@@ -33,7 +36,7 @@ def training_prompts(config: Config, tokenizer: Any, max_context_len: int) -> Pr
         max_context_len=max_context_len,
         shuffle=data.rollout_shuffle,
         seed=config.rollout.rollout_seed,
-        teacher=_teacher_prompts(config),
+        teacher=_teacher_prompts(config, teacher_tokenizer),
         mixture=_mixing_teacher_prompts(config),
     )
 
@@ -55,7 +58,7 @@ def _mixing_teacher_prompts(config: Config) -> TeacherPrompts | None:
     )
 
 
-def _teacher_prompts(config: Config) -> TeacherPrompts | None:
+def _teacher_prompts(config: Config, tokenizer: Any = None) -> TeacherPrompts | None:
     opd, specs = config.opd, teachers(config)
     if not specs:
         return None
@@ -68,6 +71,7 @@ def _teacher_prompts(config: Config) -> TeacherPrompts | None:
         names=tuple(spec.name for spec in specs),
         positions=tuple(facts.max_position_embeddings for _, facts in coloaded_teachers(config)),
         max_response_len=config.rollout.rollout_max_response_len,
+        tokenizer=tokenizer,
     )
 
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from opd.config.flags import flag_text
 from opd.config.model_rules import student_facts
 from opd.config.paths import load_function
 from opd.config.schema import Config
-from opd.config.teachers import teachers
+from opd.config.teachers import TeacherSpec, teachers
+from opd.data.tokenizer import eos_token_ids, load_tokenizer
 from opd.interfaces import PostProcessFn, RewardFn, RolloutEngine
 from opd.rollout.driver import keep_rewards
+from opd.rollout.score_wait import ScoreWait
 from opd.rollout.with_teacher import EngineWithTeacher
+from opd.serving.addresses import addresses
 from opd.types import Sample
 
+if TYPE_CHECKING:
+    from opd.teachers.cross_tokenizer import CrossTokenizer
 
-def reward_functions(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]:
-    """(task reward, reward of a training sample, its post-processing).
+
+def reward_functions(config: Config, text: CrossTokenizer | None = None) -> tuple[RewardFn, RewardFn, PostProcessFn]:
+    """(task reward, reward of a training sample, its post-processing); ``text``: the teacher has another tokenizer.
 
     With an SGLang teacher the pair of ``opd.rewards.on_policy_distillation`` scores with the teacher and carries the
     task reward along; functions named by the user take the task's side of it.
@@ -33,6 +39,7 @@ def reward_functions(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]
         return task_reward, task_reward, process
 
     from opd.rewards.on_policy_distillation import post_process_rewards, reward_func
+    from opd.rewards.teacher_reward import TeacherReward
     from opd.teachers.served_teachers import ServedTeachers
 
     task_reward = custom if custom not in (None, reward_func) else _rule(config)
@@ -41,8 +48,8 @@ def reward_functions(config: Config) -> tuple[RewardFn, RewardFn, PostProcessFn]
         if process in (keep_rewards, post_process_rewards)
         else _both(post_process_rewards, process)
     )
-    served = ServedTeachers.of_config(config, vocab_size=student_facts(config).vocab_size)
-    score = partial(reward_func, task_reward=_of_own_answers(task_reward), teachers=served)
+    served = ServedTeachers.of_config(config, vocab_size=student_facts(config).vocab_size, text=text)
+    score = TeacherReward(task_reward=_of_own_answers(task_reward), teachers=served)
     return task_reward, score, store_scores
 
 
@@ -64,6 +71,15 @@ def scoring_stats(config: Config, engine: RolloutEngine) -> Callable[[], dict[st
 
         sources.append(("teacher_", take_teacher_stats))
     return lambda: {prefix + name: value for prefix, take in sources for name, value in take().items()}
+
+
+def score_wait(config: Config, reward: RewardFn) -> ScoreWait | None:
+    """Patience with a served teacher that leaves too many samples of a rollout without a score."""
+    if config.opd.opd_type != "sglang":
+        return None
+    return ScoreWait(
+        scorer=reward, largest_share=config.opd.opd_max_unscored_share, seconds=config.teacher_wait_seconds
+    )
 
 
 def _of_own_answers(task_reward: RewardFn) -> RewardFn:
@@ -88,24 +104,91 @@ def _both(first: PostProcessFn, second: PostProcessFn) -> PostProcessFn:
     return process
 
 
-def check_served_teachers(config: Config, tokenizer: Any) -> None:
-    from opd.background_loop import BackgroundLoop
-    from opd.teachers.selftest import check_teacher
+def own_teacher_tokenizer(config: Config) -> Any | None:
+    """The teacher's, when it is not the student's.
 
-    key_variable = config.opd.opd_teacher_api_key_env
+    Raises:
+        ConfigError: a folder without a tokenizer.
+    """
+    folder = config.opd.opd_teacher_tokenizer
+    if folder is None:
+        return None
+    return load_tokenizer(folder, config.output.trust_remote_code, flag="--opd-teacher-tokenizer")
+
+
+def cross_tokenizer(config: Config, student: Any, teacher: Any | None) -> CrossTokenizer | None:
+    """Between the tokenizers of the two; None when the teacher has the student's.
+
+    Raises:
+        TeacherError: tokenizers that do not tell which bytes a token writes.
+    """
+    if teacher is None:
+        return None
+    from opd.teachers.cross_tokenizer import CrossTokenizer, end_of_answer
+    from opd.teachers.token_bytes import TokenBytes
+
+    folders = {
+        "hf_checkpoint": config.checkpoint.hf_checkpoint,
+        "opd_teacher_tokenizer": config.opd.opd_teacher_tokenizer,
+    }
+    student_bytes, teacher_bytes = (
+        TokenBytes(tokenizer, shown=flag_text(name, folder))
+        for tokenizer, (name, folder) in zip((student, teacher), folders.items(), strict=True)
+    )
+    return CrossTokenizer(
+        student_bytes,
+        teacher_bytes,
+        student_ends=eos_token_ids(folders["hf_checkpoint"], student),
+        teacher_end=end_of_answer(
+            teacher, eos_token_ids(folders["opd_teacher_tokenizer"], teacher), chat=config.data.apply_chat_template
+        ),
+    )
+
+
+def check_served_teachers(config: Config, tokenizer: Any, teacher_tokenizer: Any | None = None) -> None:
+    """``teacher_tokenizer``: see ``own_teacher_tokenizer``."""
+    from opd.background_loop import BackgroundLoop
+
     by_address = {spec.location: spec for spec in reversed(teachers(config))}  # names that share one: the first
     loop = BackgroundLoop("teacher self-test")
     try:
-        for address, spec in by_address.items():
-            loop.run(
-                check_teacher(
-                    address,
-                    tokenizer,
-                    student_folder=config.checkpoint.hf_checkpoint,
-                    api_key=os.environ.get(key_variable) if key_variable else None,
-                    timeout_s=config.opd.opd_teacher_timeout,
-                    shown=spec.shown,
-                )
-            )
+        for spec in by_address.values():
+            loop.run(_check_served_teacher(config, spec, tokenizer if teacher_tokenizer is None else teacher_tokenizer))
     finally:
         loop.close()
+
+
+async def _check_served_teacher(config: Config, spec: TeacherSpec, tokenizer: Any) -> None:
+    """Each of its addresses, then whether they agree."""
+    from opd.teachers.agreement import check_agreement
+    from opd.teachers.selftest import check_teacher
+    from opd.teachers.sglang_teacher import SGLangTeacher
+
+    flags = config.opd
+    servers = [
+        SGLangTeacher(
+            address.url,
+            timeout_s=flags.opd_teacher_timeout,
+            retries=2,
+            api_key=os.environ.get(flags.opd_teacher_api_key_env) if flags.opd_teacher_api_key_env else None,
+            deadline_s=flags.opd_teacher_timeout,
+            ca_file=flags.opd_teacher_ca_file,
+            lead_prompts=False,
+        )
+        for address in addresses(str(spec.location))
+    ]
+    folder = flags.opd_teacher_tokenizer
+    try:
+        for server in servers:
+            await check_teacher(
+                server,
+                tokenizer,
+                student_folder=config.checkpoint.hf_checkpoint,
+                shown=spec.shown if len(servers) == 1 else f"{spec.shown} (`{server.http.base_url}`)",
+                own_tokenizer=None if folder is None else flag_text("opd_teacher_tokenizer", folder),
+            )
+        if len(servers) > 1:
+            await check_agreement(servers, tokenizer, shown=spec.shown)
+    finally:
+        for server in servers:
+            await server.close()

@@ -44,6 +44,20 @@ class RewardFn(Protocol):
     async def __call__(self, args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, Any]: ...
 
 
+class ScoredAgain(Protocol):
+    """A ``RewardFn`` that asks somebody who may be away, and can ask again. It reads what it returned before in
+    ``sample.reward``."""
+
+    def unscored(self, sample: Sample) -> bool:
+        """Whether a part of the reward is missing."""
+
+    def may_be_scored(self, sample: Sample) -> bool:
+        """Whether asking again may help."""
+
+    async def score_again(self, args: Any, sample: Sample) -> float | dict[str, Any]:
+        """The reward with the missing part, or again without it; the rest of it is not computed anew."""
+
+
 class PostProcessFn(Protocol):
     """slime's signature: (raw rewards, rewards used by the estimator), one float per sample each."""
 
@@ -88,6 +102,9 @@ class Trainer(Protocol):
 
     def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
         """Both dicts merged, summed and maximised over the data-parallel ranks."""
+
+    def on_any_rank(self, yes: bool) -> bool:
+        """Whether any rank, of all kinds, says ``yes``."""
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The student's weights under Hugging Face names, whole tensors on every rank."""

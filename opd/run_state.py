@@ -5,7 +5,7 @@ Sampling needs no state: the noise of an answer follows from (seed, sample index
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.config.schema import Config
@@ -18,12 +18,16 @@ class RunState:
     step: int = 0  # rollouts done
     prompts: dict[str, Any] | None = None  # PromptDataset.state(); None: the start
     answers: dict[str, Any] | None = None  # AnswerDataset.state(); None: the start, or no --sft-data
+    on_disk: bool = False  # this run has saved it
 
     def after_step(self, prompts: PromptDataset, answers: AnswerDataset | None) -> RunState:
         """One step later, with the cursors where they are now."""
         return RunState(
             step=self.step + 1, prompts=prompts.state(), answers=None if answers is None else answers.state()
         )
+
+    def saved(self) -> RunState:
+        return replace(self, on_disk=True)
 
     def to_json(self) -> dict[str, Any]:
         return {"step": self.step, "prompts": self.prompts, "answers": self.answers}

@@ -6,28 +6,34 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
-from opd.config.off_policy_rules import off_policy_prompts
 from opd.config.schema import Config
 from opd.config.teachers import teachers
 from opd.data.answers import AnswerDataset
 from opd.data.batching import make_batch
 from opd.data.prompts import Prompt, PromptDataset
+from opd.engine_weights import sync_weights, weights_for_later
 from opd.errors import UnscoredError, UserError
 from opd.interfaces import Critic, Trainer
 from opd.megatron_backend.checkpoint_layout import CheckpointError
+from opd.preemption import Preempted, StopRequest
+from opd.ratio_gate import gate_metrics
 from opd.report.reporter import Reporter
+from opd.rollout.ahead import BackgroundRollouts
 from opd.rollout.driver import RolloutDriver, RolloutResult
-from opd.rollout.mixing import NOTHING, mix, unscored
+from opd.rollout.journal import RolloutJournal
+from opd.rollout.line import RolloutLine
+from opd.rollout.plan import RolloutPlan, plan_rollout, write_rollout
+from opd.rollout.staleness import overlap_metrics, staleness_metrics
 from opd.run_state import RunState, save_due
-from opd.step_metrics import batch_metrics, per_sample_values, rollout_metrics
+from opd.step_clock import Clock
+from opd.step_metrics import batch_metrics, idle_shares, per_sample_values, rollout_metrics
 from opd.training_signal import add_training_signal, outcome_advantages
-from opd.types import Sample, SamplingParams, TokenBatch
+from opd.types import SamplingParams, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +55,9 @@ class Parts:
     reporter: Reporter | None
     decode: Callable[[list[int]], str]
     probe: TokenBatch  # a fixed text on which engine and trainer must agree after a sync
+    background: BackgroundRollouts[RolloutResult | None] | None = None  # writes ahead, with --async-rollout
+    journal: RolloutJournal | None = None  # what the rollout in progress has finished, with --save
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 def run(parts: Parts, state: RunState) -> None:
@@ -56,31 +65,40 @@ def run(parts: Parts, state: RunState) -> None:
 
     Raises:
         UserError: what a person has to mend. What was learned so far is saved first, unless the update itself failed.
+        Preempted: SIGTERM came. What was learned so far is saved.
     """
-    config = parts.config
+    config, stop = parts.config, parts.stop
     last = config.rollout.num_rollout
     if state.step > 0:
         logger.info("resumes after step %d of %d", state.step, last)
-    sync_weights(parts, version=state.step)
-    if state.step == 0 and parts.eval_sets and not config.eval.skip_eval_before_train:
-        report(parts, 0, evaluate(parts))
-    saved = True
+    line = RolloutLine(
+        partial(plan_rollout, parts), partial(write_rollout, parts), parts.background, version=state.step
+    )
+    with stop.interruptible():
+        sync_weights(parts, version=state.step)
+        if state.step == 0 and parts.eval_sets and not config.eval.skip_eval_before_train:
+            report(parts, 0, evaluate(parts))
+    save_failed = False
     while state.step < last:
-        metrics = train_step(parts, state)
-        state = state.after_step(parts.prompts, parts.answers)
-        if parts.eval_sets and (state.step % config.eval.eval_interval == 0 or state.step == last):
-            metrics |= evaluate(parts)
-        report(parts, state.step, metrics)
-        if not saved or save_due(config, state.step):
-            saved = save(parts, state, must=state.step == last)
+        with saving_on_failure(parts, state):
+            stop.check(parts.trainer.on_any_rank)
+        metrics, state = train_step(parts, state, line)
+        with saving_on_failure(parts, state):
+            report_step(parts, state.step, metrics, line)
+        if save_failed or save_due(config, state.step):
+            save_failed = not save(parts, state, must=state.step == last)
+            state = state if save_failed else state.saved()
 
 
-def train_step(parts: Parts, state: RunState) -> dict[str, float]:
-    """Rollout, log-probs, training signal, update, weight sync."""
+def train_step(parts: Parts, state: RunState, line: RolloutLine) -> tuple[dict[str, float], RunState]:
+    """Rollout, log-probs, training signal, update, weight sync; returns the metrics and where the run stands then.
+
+    Up to the update nothing has been learned: a failure or an interruption loses nothing.
+    """
     config, trainer, step = parts.config, parts.trainer, state.step + 1
     clock = Clock()
-    with saving_on_failure(parts, state):  # up to the update nothing has been learned: a failure loses nothing
-        rolled = generate(parts, step)
+    with saving_on_failure(parts, state), parts.stop.interruptible():
+        plan, rolled, metrics = next_rollout(parts, step, line, clock)
         with clock("train"):
             batch = trainer.load(rolled and make_training_batch(rolled, config))
             batch = trainer.forward_logprobs(batch, "student")
@@ -93,20 +111,49 @@ def train_step(parts: Parts, state: RunState) -> dict[str, float]:
                 batch = trainer.forward_logprobs(batch, "teacher")
         with clock("train"):
             batch = trainer.map(partial(add_training_signal, config=config), batch)
-        metrics = batch_metrics(batch, trainer, config=config)
+        metrics |= batch_metrics(batch, trainer, config=config) | gate_metrics(batch, trainer, config=config)
         check_scored(metrics, config)
     with clock("train"):
         metrics |= update(parts, batch, step)
-    with clock("sync"):
-        metrics["sync_error"] = sync_weights(parts, version=step)
+    if config.rollouts_ahead == 0:
+        with clock("sync"):
+            metrics["sync_error"] = sync_weights(parts, version=step)
 
     if rolled is not None:
-        metrics |= rollout_metrics(rolled)
+        metrics |= rollout_metrics(rolled) | staleness_metrics(rolled, step=step)
         clock.seconds["rollout"] = rolled.seconds_generation
         clock.seconds["teacher"] += rolled.seconds_scoring_tail
         per_token = per_sample_values(batch, rolled.samples, kl_coef=config.penalty_coef)
         parts.reporter.samples(step, rolled.samples, decode=parts.decode, **per_token)
-    return metrics | clock.metrics()
+    times = clock.metrics()
+    idle = idle_shares(times, coloaded_teacher=config.opd.opd_type == "megatron")
+    return metrics | times | idle, plan.after
+
+
+def next_rollout(
+    parts: Parts, step: int, line: RolloutLine, clock: Clock
+) -> tuple[RolloutPlan, RolloutResult | None, dict[str, float]]:
+    """The samples of ``step`` (None on ranks that do not generate): written now, with the weights of the step before.
+
+    With ``--async-rollout`` they were written in the background. The engine then gets the weights of the step before
+    and starts the next rollout, which is written during the rest of this step, ``--async-max-staleness`` ahead.
+    """
+    ahead, last = parts.config.rollouts_ahead, parts.config.rollout.num_rollout
+    if ahead == 0:
+        return *line.write_now(), {}
+    line.start_through(step)  # nothing is under way at the first step of a run
+    plan, taken = line.take()
+    metrics = overlap_metrics(taken)
+    load_weights = None
+    if line.version < step - 1 and line.started_through < last:
+        with clock("sync"):
+            if ahead == 1:  # the engine is idle now
+                metrics["sync_error"] = sync_weights(parts, version=step - 1)
+            else:
+                load_weights = weights_for_later(parts, version=step - 1)
+        line.version = step - 1
+    line.start_through(min(step + ahead, last), load_weights=load_weights)
+    return plan, taken.result, metrics
 
 
 def update(parts: Parts, batch: TokenBatch, step: int) -> dict[str, float]:
@@ -119,43 +166,6 @@ def update(parts: Parts, batch: TokenBatch, step: int) -> dict[str, float]:
     if step > parts.config.critic.num_critic_only_steps:
         return metrics | parts.trainer.update(batch)
     return metrics | {"policy_loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
-
-
-def generate(parts: Parts, step: int) -> RolloutResult | None:
-    """The samples of a step, the student's own and those of --sft-data; None on ranks that do not generate.
-
-    All ranks move the data cursors. The indices of the samples, hence their noise, follow from the step.
-    """
-    config = parts.config
-    per_prompt = config.rollout.n_samples_per_prompt
-    from_file = off_policy_prompts(config, step)
-    prompts = parts.prompts.take(config.rollout.rollout_batch_size - from_file)
-    first_index = (step - 1) * config.samples_per_rollout
-    answers = []
-    if parts.answers is not None:
-        answers = parts.answers.take_samples(from_file * per_prompt, first_index + len(prompts) * per_prompt)
-    if parts.rollout is None:
-        return None
-    own = write_own(parts, prompts, first_index) if prompts else NOTHING
-    return mix(own, score_answers(parts, answers)) if answers else own
-
-
-def write_own(parts: Parts, prompts: list[Prompt], first_index: int) -> RolloutResult:
-    samples_per_prompt = parts.config.rollout.n_samples_per_prompt
-    with parts.reporter.console.rollout(len(prompts) * samples_per_prompt) as progress:
-        return parts.rollout.run(
-            prompts,
-            samples_per_prompt=samples_per_prompt,
-            first_index=first_index,
-            params=parts.train_sampling,
-            advance=progress.advance,
-        )
-
-
-def score_answers(parts: Parts, answers: list[Sample]) -> RolloutResult:
-    """A co-loaded teacher scores the whole batch later, and the log-likelihood needs no teacher."""
-    distilled = parts.config.distillation.distillation_type is not None
-    return parts.rollout.score(answers) if distilled and parts.config.opd.opd_type == "sglang" else unscored(answers)
 
 
 def make_training_batch(rolled: RolloutResult, config: Config) -> TokenBatch:
@@ -189,30 +199,6 @@ def evaluate(parts: Parts) -> dict[str, float]:
     return {"eval_accuracy": metrics[f"eval/{first}_accuracy"], **metrics, "time_eval": time.monotonic() - started}
 
 
-def sync_weights(parts: Parts, *, version: int) -> float:
-    """Gives the student's weights to the rollout engine and checks that both score the probe text alike.
-
-    Returns:
-        the mean absolute difference on the probe, in nats per token.
-
-    Raises:
-        WeightSyncError: it is above ``--max-logprob-mismatch``.
-    """
-    weights = parts.trainer.export_weights()
-    if parts.rollout is None:
-        for _ in weights:  # exporting is collective: this rank takes part and drops the result
-            pass
-        parts.trainer.score(parts.probe)
-        return 0.0
-    engine = parts.rollout.engine
-    engine.set_weights(weights, version=version)
-    return engine.verify(
-        parts.probe.tokens[0].tolist(),
-        parts.trainer.score(parts.probe).tolist(),
-        tolerance=parts.config.max_logprob_mismatch,
-    )
-
-
 def check_scored(metrics: dict[str, float], config: Config) -> None:
     share, limit = metrics.get("unscored_share", 0.0), config.opd.opd_max_unscored_share
     if share > limit:
@@ -220,22 +206,50 @@ def check_scored(metrics: dict[str, float], config: Config) -> None:
             f"{share:.0%} of this rollout's samples have no teacher score, more than --opd-max-unscored-share={limit}."
             f" Check {', '.join(teacher.shown for teacher in teachers(config))}, then resume with --load"
         )
+    coverage, least = metrics.get("teacher_coverage", 1.0), config.opd.opd_min_token_coverage
+    if coverage < least:
+        raise UnscoredError(
+            f"the teacher could be compared on {coverage:.0%} of the tokens of this rollout's scored answers, less than"
+            f" --opd-min-token-coverage={least}: the rest is no text, or text that"
+            f" --opd-teacher-tokenizer={config.opd.opd_teacher_tokenizer} changes or cannot write. Look at the answers"
+            " in --output-dir, then resume with --load and another teacher or a lower --opd-min-token-coverage"
+        )
 
 
 @contextmanager
 def saving_on_failure(parts: Parts, state: RunState) -> Iterator[None]:
-    """Saves ``state`` when the block is stopped by something a person has to mend, or by Ctrl-C.
+    """Saves ``state``, unless it is saved, when the block is stopped by something a person has to mend, by Ctrl-C or by
+    SIGTERM. After SIGTERM an error is taken for its consequence: engines of the same job get it too.
 
     A save takes all ranks, so with several only an error that all of them raise leads to one.
     """
     try:
         yield
-    except (UserError, KeyboardInterrupt) as error:
-        everywhere = parts.config.parallel.world_size == 1 or isinstance(error, UnscoredError)
-        if parts.config.checkpoint.save and state.step > 0 and everywhere:
-            save(parts, state, must=True)
-            logger.warning("step %d is saved in %s; --load resumes there", state.step, parts.config.checkpoint.save)
+    except (UserError, KeyboardInterrupt, Preempted) as error:
+        everywhere = parts.config.parallel.world_size == 1 or isinstance(error, UnscoredError | Preempted)
+        folder = parts.config.checkpoint.save
+        if folder and state.step > 0 and everywhere:
+            if not state.on_disk:
+                save(parts, state, must=True)
+            logger.warning("step %d is saved in %s; --load resumes there", state.step, folder)
+        if isinstance(error, UserError) and parts.stop.requested:
+            raise Preempted from error
         raise
+
+
+def report_step(parts: Parts, step: int, metrics: dict[str, float], line: RolloutLine) -> None:
+    """Evaluates when it is due, and reports; an evaluation that is interrupted costs its own numbers only."""
+    flags = parts.config.eval
+    try:
+        if parts.eval_sets and (step % flags.eval_interval == 0 or step == parts.config.rollout.num_rollout):
+            with parts.stop.interruptible():
+                line.drain()  # one engine, one caller
+                if parts.config.rollouts_ahead > 0:
+                    sync_weights(parts, version=step)
+                    line.version = step
+                metrics |= evaluate(parts)
+    finally:
+        report(parts, step, metrics)
 
 
 def report(parts: Parts, step: int, metrics: dict[str, float]) -> None:
@@ -251,28 +265,11 @@ def save(parts: Parts, state: RunState, *, must: bool) -> bool:
         if parts.critic is not None:  # first: a student's checkpoint must find its critic's
             parts.critic.save(state.step)
         parts.trainer.save(state.step, extra=state.to_json())
+        if parts.journal is not None:
+            parts.journal.superseded(state.step)
     except CheckpointError as error:
         if must:
             raise
         logger.warning("%s. Training goes on; the next step tries again", error)
         return False
     return True
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("rollout", "teacher", "train", "sync"), 0.0)
-        self._start = time.monotonic()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.monotonic() - started
-
-    def metrics(self) -> dict[str, Any]:
-        return {f"time_{k}": v for k, v in self.seconds.items()} | {"time_step": time.monotonic() - self._start}

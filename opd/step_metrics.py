@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def batch_metrics(batch: TokenBatch, trainer: Trainer, *, config: Config) -> dic
     """Of the training batch: tokens; of the student's own answers, which a batch may lack, the entropy (nats), the gap
     between the engine's and the trainer's log-probs (nats) and the KL to the teacher (``_kl_sums``); and the share of
     samples without a teacher score, of those that should have one: the student's own, and with a distillation loss
-    those of --sft-data too.
+    those of --sft-data too. Of a teacher with another tokenizer: the share of the scored answers' tokens on which the
+    two could be compared.
 
     Where a teacher has a hand in the rollout, in place of the gap: the mean of the importance ratios student / engine
     (1 in expectation), and the effective sample size that they leave, as a share of the tokens."""
@@ -35,6 +37,9 @@ def batch_metrics(batch: TokenBatch, trainer: Trainer, *, config: Config) -> dic
         expected_N = own_N if config.distillation.distillation_type is None else torch.ones_like(own_N)
         sums |= {"expected": _sum(expected_N), "unscored": _sum(expected_N & ~batch.teacher_scored_N)}
         sums |= _kl_sums(batch, own_T * batch.scored_mask_T, config)
+        if config.opd.opd_teacher_tokenizer is not None:
+            scored_T = own_T * batch.per_token(batch.teacher_scored_N)
+            sums |= {"scored": _sum(scored_T), "in_spans": _sum(scored_T * batch.scored_mask_T)}
     total = trainer.sum_over_ranks(sums, {"logprob_mismatch_max": float(gap_T.max())})
     metrics: dict[str, float] = {"tokens": int(total["tokens"])}
     if total["own"] > 0:
@@ -47,6 +52,8 @@ def batch_metrics(batch: TokenBatch, trainer: Trainer, *, config: Config) -> dic
         metrics["student_entropy"] = total["student_entropy"] / total["own"]
     if config.opd.use_opd and total["expected"] > 0:
         metrics["unscored_share"] = total["unscored"] / total["expected"]
+    if total.get("scored", 0.0) > 0:
+        metrics["teacher_coverage"] = total["in_spans"] / total["scored"]
     counts = {name: total[name] for name in sums if name.endswith(COUNT)}
     for name, count in counts.items():  # "opd_kl_k2 of opd tokens" is divided by "opd tokens"
         means = [n for n in sums if n.endswith(f" of {name}")]
@@ -103,9 +110,12 @@ def _sum(values: torch.Tensor) -> float:
 
 
 def rollout_metrics(rolled: RolloutResult) -> dict[str, float]:
-    """Of the student's own answers; only ``off_policy_share`` tells of those of --sft-data."""
+    """Of the student's own answers; only ``samples`` and ``off_policy_share`` tell of those of --sft-data."""
     own = [s for s in rolled.samples if not s.off_policy]
-    metrics = dict(rolled.scoring)
+    metrics = {"samples": len(rolled.samples), **rolled.scoring}
+    asked = metrics.get("teacher_cache_hits", 0) + metrics.get("teacher_cache_misses", 0)
+    if asked:
+        metrics["teacher_cache_share"] = metrics["teacher_cache_hits"] / asked
     if len(own) < len(rolled.samples):
         metrics["off_policy_share"] = 1 - len(own) / len(rolled.samples)
     if not own:
@@ -116,6 +126,25 @@ def rollout_metrics(rolled: RolloutResult) -> dict[str, float]:
         "truncated_share": sum(s.status is SampleStatus.TRUNCATED for s in own) / len(own),
         "aborted_share": sum(s.status is SampleStatus.ABORTED for s in own) / len(own),
         **metrics,
+    }
+
+
+def idle_shares(times: Mapping[str, float], *, coloaded_teacher: bool) -> dict[str, float]:
+    """Shares of the step's wall time in which the rollout engine, and the trainer, had nothing to do.
+
+    A weight sync keeps both busy; waiting for rewards and a served teacher neither. Where the rollout runs during the
+    training of the step before, its time is that of the rollout that this step learns from.
+
+    Args:
+        times: the step's ``time_*`` metrics, in seconds.
+        coloaded_teacher: ``time_teacher`` is a forward pass of the trainer, not waiting for a server.
+    """
+    training = times["time_train"] + (times["time_teacher"] if coloaded_teacher else 0.0)
+    busy = {"engine": times["time_rollout"], "trainer": training}
+    step = max(times["time_step"], 1e-9)
+    return {
+        f"{name}_idle_share": min(1.0, max(0.0, 1 - (seconds + times["time_sync"]) / step))
+        for name, seconds in busy.items()
     }
 
 

@@ -114,6 +114,7 @@ def _penalised(
         clip=config.opd.opd_kl_clip,
         discount=config.opd.opd_kl_discount,
         response_lengths=batch.response_lengths,
+        span_T=batch.teacher_span_T,
     )
 
 

@@ -50,9 +50,14 @@ class Sample:
     teacher_index: int = 0  # which of the run's teachers scores it, when samples are routed
     off_policy: bool = False  # the answer comes from --sft-data
     teacher_prompt_ids: list[int] | None = None  # a privileged teacher's own prompt; None: the student's
+    # A teacher with another tokenizer: which span each response token is in (-1: none), and teacher_log_probs then hold
+    # the mean of the teacher's log-prob of the whole span at each of its tokens.
+    teacher_spans: list[int] | None = None
     teacher_top: TopLogprobs | None = None  # of an SGLang teacher, for a top-k distillation loss
     student_top_ids: list[list[int]] | None = None  # the student's likeliest ids at each response token
-    weight_version: int | None = None  # weights that wrote the response
+    weight_version: int | None = None  # weights that wrote the response, its last token where they changed
+    # (first response token, version) of each stretch written by the same weights; None: weight_version wrote all
+    weight_spans: list[tuple[int, int]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -106,7 +111,9 @@ class GenerationResult:
     # temperature), not renormalised by top-p/top-k; for a mixture: log q, of the truncated distributions.
     log_probs: list[float]
     status: SampleStatus
-    weight_version: int | None = None
+    weight_version: int | None = None  # of the last token where they changed meanwhile
+    # (first response token, version) of each stretch written by the same weights; None: the engine does not say
+    weight_spans: list[tuple[int, int]] | None = None
     top_ids: list[list[int]] | None = None  # with SamplingParams.top_ids: the likeliest ids at each response token
     # Of a mixture, at each response token: both models' log softmax(logits / temperature), not truncated, and ``a``.
     # Over SGLang servers see ``opd.sampling.sparse_mixture.JudgedBlock``.
@@ -132,6 +139,9 @@ class TokenBatch:
     teacher_N: torch.Tensor  # int64: which of config.teachers scores the sample (routing); 0 with one teacher
     off_policy_N: torch.Tensor  # bool: the answer comes from --sft-data, the student did not write it
     teacher_tokens: list[torch.Tensor] | None = None  # N tensors: a privileged teacher's prompt, then the same response
+    # int64, a teacher with another tokenizer: within a sample, tokens of the same number are one span, -1 is in none,
+    # and the teacher's log-probs mean something as a span's sum only; None: every token by itself
+    teacher_span_T: torch.Tensor | None = None
     teacher_top_ids_TK: torch.Tensor | None = None  # SGLang teacher: kept ids of each position, -1 where fewer
     teacher_top_logprobs_TK: torch.Tensor | None = None
     # ----
@@ -164,8 +174,9 @@ class TokenBatch:
 
     @property
     def scored_mask_T(self) -> torch.Tensor:
-        """1 for a token that counts and that a teacher scored."""
-        return self.loss_mask_T * self.per_token(self.teacher_scored_N)
+        """1 for a token that counts and that a teacher scored, by itself or within a span."""
+        mask_T = self.loss_mask_T * self.per_token(self.teacher_scored_N)
+        return mask_T if self.teacher_span_T is None else mask_T * (self.teacher_span_T >= 0)
 
     def with_(self, **fields: Any) -> TokenBatch:
         return replace(self, **fields)

@@ -65,6 +65,7 @@ PACKAGES = (
     Package(name="math-verify", module="math_verify", purpose="--rm-type math", required=False),
     Package(name="tensorboard", module="tensorboard", purpose="event files", required=False),
     Package(name="matplotlib", module="matplotlib", purpose="curves.png", required=False),
+    Package(name="prometheus_client", module="prometheus_client", purpose="--prometheus-port", required=False),
     Package(name="wandb", module="wandb", purpose="--use-wandb", required=False),
 )
 

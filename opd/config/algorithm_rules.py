@@ -120,7 +120,7 @@ def _reference_rules(config: Config) -> Iterator[str]:
 
 def _importance_rules(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
-    if not algorithm.use_tis:
+    if not config.weighs_importance:
         for name in ("tis_clip", "tis_clip_low"):
             if name in given(algorithm):
                 yield f"{flag_text(name, getattr(algorithm, name))} needs `--use-tis`. Add it, or drop the flag."

@@ -10,6 +10,7 @@ from opd.config.flags import flag_text
 from opd.config.off_policy_rules import writing_teacher_file_rules
 from opd.config.paths import check_function
 from opd.config.schema import Config
+from opd.config.teacher_server_rules import teacher_server_file_rules
 from opd.config.teachers import TeacherSpec, teachers
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -21,6 +22,7 @@ def file_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     yield from writing_teacher_file_rules(config)
     yield from _package_rules(config)
     yield from _launcher_rules(config, environ)
+    yield from teacher_server_file_rules(config)
     for name in ("custom_rm_path", "custom_reward_post_process_path", "custom_advantage_function_path"):
         path = config.flat()[name]
         if path is not None:
@@ -51,11 +53,13 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
         "hf_checkpoint": checkpoint.hf_checkpoint,
         "ref_load": checkpoint.ref_load,
         "opd_teacher_hf_checkpoint": opd.opd_teacher_hf_checkpoint,
+        "opd_teacher_tokenizer": opd.opd_teacher_tokenizer,
     }
     for name, folder in folders.items():
         if folder is not None and not Path(folder).is_dir():
             yield f"{flag_text(name, folder)}: no such folder. Check the path."
-    for name, folder in (("save", checkpoint.save), ("output_dir", config.output.output_dir)):
+    written = {"save": checkpoint.save, "output_dir": config.output.output_dir}
+    for name, folder in {**written, "opd_teacher_cache": opd.opd_teacher_cache}.items():
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
             yield f"{flag_text(name, folder)} is a file, and must be a folder. Give another path."
     if checkpoint.ref_load is not None and not (Path(checkpoint.ref_load) / LATEST).is_file():
@@ -139,7 +143,9 @@ def _teacher_folder_rules(config: Config, teacher: TeacherSpec, folder: Path) ->
 def _package_rules(config: Config) -> Iterator[str]:
     needed = {
         "use_wandb": (config.output.use_wandb, "wandb"),
+        "prometheus_port": (config.output.prometheus_port is not None, "prometheus_client"),
         "rollout_engine": (config.rollout.rollout_engine == "sglang", "sglang"),
+        "use_sglang_router": (config.rollout.use_sglang_router, "sglang_router"),
     }
     for name, (wanted, package) in needed.items():
         if wanted and importlib.util.find_spec(package) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd.config.algorithm_rules import algorithm_rules
+from opd.config.async_rules import async_rules
 from opd.config.distillation_rules import distillation_rules
 from opd.config.flags import flag_text
 from opd.config.lora_rules import lora_rules
@@ -14,10 +15,12 @@ from opd.config.paths import split_path
 from opd.config.queries import OPD_REWARD_MODULE, given, has_task_reward, uses_opd_reward
 from opd.config.schema import Config
 from opd.config.teacher_rules import opd_rules
+from opd.config.teacher_tokenizer_rules import teacher_tokenizer_rules
 
 
 def flag_rules(config: Config) -> Iterator[str]:
     yield from opd_rules(config)
+    yield from teacher_tokenizer_rules(config)
     yield from distillation_rules(config)
     yield from reward_rules(config)
     yield from algorithm_rules(config)
@@ -25,6 +28,7 @@ def flag_rules(config: Config) -> Iterator[str]:
     yield from off_policy_rules(config)
     yield from mixture_rules(config)
     yield from written_with_teacher_rules(config)
+    yield from async_rules(config)
     yield from optimizer_rules(config)
     yield from layout_rules(config)
     yield from eval_rules(config)
@@ -75,7 +79,7 @@ def rollout_rules(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.rollout_engine != "sglang":
         for name, value in given(rollout).items():
-            if name.startswith("sglang_"):
+            if name.startswith("sglang_") or name == "use_sglang_router":
                 yield (
                     f"{flag_text(name, value)} needs `--rollout-engine=sglang` (got `{rollout.rollout_engine}`). Add "
                     "it, or drop the flag."
@@ -210,6 +214,11 @@ def output_rules(config: Config) -> Iterator[str]:
         for name, value in given(output).items():
             if name.startswith("wandb_"):
                 yield f"{flag_text(name, value)} needs `--use-wandb`. Add it, or drop the flag."
+    if output.prometheus_host is not None and output.prometheus_port is None:
+        yield (
+            f"{flag_text('prometheus_host', output.prometheus_host)} needs `--prometheus-port`. Give a free port such "
+            "as 9400, or drop the flag."
+        )
 
 
 def required_rules(config: Config) -> Iterator[str]:

@@ -44,13 +44,18 @@ INTERVALS: dict[str, tuple[Interval, str]] = {
     "opd_kl_clip": (_POSITIVE, "It is in nats: give 5, or leave it out."),
     "opd_kl_discount": (_SHARE, "Give 0 for a token's own KL alone, or 1 for all that follows."),
     "opd_teacher_ema_decay": (_BELOW_ONE, "At 1 the teacher never moves: that is `--opd-teacher-self=frozen`."),
+    "opd_min_token_coverage": (_SHARE, "It is a share of the tokens: give 0.9, or 0 to never stop."),
     "opd_max_unscored_share": (
         _SHARE,
         "It is a share of the samples: 0.5 stops a run when half of them have no teacher score.",
     ),
     "opd_teacher_timeout": (_POSITIVE, "It is in seconds: give 60."),
     "opd_teacher_retries": (_ZERO_OR_MORE, "Give 0 to mask a sample after its first failed request."),
+    "opd_teacher_deadline": (_POSITIVE, "It is in seconds: give 300."),
+    "opd_teacher_wait": (_ZERO_OR_MORE, "It is in seconds: give 600, or 0 to stop at once."),
     "opd_teacher_concurrency": (_ONE_OR_MORE, "Give the number of scoring requests in flight, such as 64."),
+    "opd_teacher_batch": (_ONE_OR_MORE, "Give 64, or 1 to send each sample by itself."),
+    "opd_teacher_cache_gb": (_POSITIVE, "Give the gigabytes that the scores may take, such as 10."),
     "opd_teacher_ckpt_step": (
         _ZERO_OR_MORE,
         "Give the number of an iter_NNNNNNN folder, or leave it out for the latest.",
@@ -93,7 +98,9 @@ INTERVALS: dict[str, tuple[Interval, str]] = {
         Interval(0, 1, low_open=True, high_open=True),
         "It is a share of the device's memory: give 0.7.",
     ),
+    "sglang_max_restarts": (_ZERO_OR_MORE, "Give 0 to stop the run when an engine dies."),
     "sglang_port": (Interval(1, 65535), "Leave it out for a free port."),
+    "async_max_staleness": (_ZERO_OR_MORE, "It is in rollouts: give 1, or 0 for the synchronous order."),
     "max_logprob_mismatch": (_POSITIVE, "It is in nats: give 0.1."),
     "global_batch_size": (
         _ONE_OR_MORE,
@@ -142,6 +149,7 @@ INTERVALS: dict[str, tuple[Interval, str]] = {
     "max_tokens_per_gpu": (_ONE_OR_MORE, "Give the tokens of one micro-batch, such as 4096."),
     "make_vocab_size_divisible_by": (_ONE_OR_MORE, "Give 1 for no padding."),
     "num_saved_samples": (_ZERO_OR_MORE, "Give 0 to keep none."),
+    "prometheus_port": (Interval(1, 65535), "Give a free port such as 9400, or leave it out."),
     "distributed_timeout_minutes": (_ONE_OR_MORE, "Give 10."),
     "recompute_num_layers": (_ONE_OR_MORE, "Give 1."),
 }

@@ -120,6 +120,8 @@ def _teacher_rows(config: Config, facts: dict[str, ModelFacts]) -> Rows:
         rows = [(f"teacher {t.name}", _teacher_line(config, t, facts.get(t.name))) for t in found]
     if len(found) > 1:
         rows.append(("combined", _combination_line(config, found)))
+    if opd.opd_teacher_tokenizer is not None:
+        rows.append(("teacher reads", f"the answer's text, in the tokens of {opd.opd_teacher_tokenizer}"))
     sees = prompt_line(prompt_of(config, "opd_teacher"))
     return [*rows, ("teacher sees", sees)] if sees else rows
 
@@ -197,7 +199,19 @@ def _rollout_rows(config: Config) -> Rows:
             f"in all), temperature {rollout.rollout_temperature:g}{top}",
         ),
         ("prompts", f"{config.data.prompt_data}{', shuffled' if config.data.rollout_shuffle else ''}"),
+        *([("order", _ahead_row(config))] if config.rollouts_ahead else []),
     ]
+
+
+def _ahead_row(config: Config) -> str:
+    rollout, ahead = config.rollout, config.rollouts_ahead
+    parts = [f"written in the background, {ahead} ahead: answers of weights up to {ahead} rollout(s) old"]
+    if config.weighs_importance:
+        parts.append("each token weighed by its importance ratio")
+    if rollout.async_ratio_gate is not None:
+        low, high = rollout.async_ratio_gate
+        parts.append(f"left out where that is outside [{low:g}, {high:g}]")
+    return "; ".join(parts)
 
 
 def _evaluation_rows(config: Config) -> Rows:

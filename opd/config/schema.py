@@ -142,6 +142,13 @@ class RolloutFlags:
     sglang_server_timeout: float = flag(180.0, "seconds to wait for an SGLang engine to come up")
     sglang_mem_fraction_static: float | None = flag(None, "SGLang's --mem-fraction-static (GPU)")
     sglang_port: int | None = flag(None, "port of the rollout engine; a free one without it")
+    sglang_max_restarts: int = flag(3, "how often a run starts each SGLang engine again after its death, with the current weights, of which a copy is kept for that: in this process's memory, or on disk where they go through disk; 0: never, and no copy")
+    sglang_weight_sync: str = flag("auto", "how weights reach the SGLang engines: memory (shared memory), disk (a folder in --output-dir), distributed (broadcast over gloo, NCCL on CUDA) or auto (memory where it can hold them, else disk)", choices=("auto", "memory", "disk", "distributed"))
+    use_sglang_router: bool = flag(False, "put sglang-router in front of the SGLang engines; without it each prompt goes to the engine with the fewest requests")
+    async_rollout: bool = flag(False, "write the next rollout in the background while this one is trained on: answers come from weights that are a little older")
+    async_max_staleness: int = flag(1, "with --async-rollout: rollouts written ahead, hence how many updates old the weights of an answer are at most; 0: the synchronous order")
+    async_correction: str = flag("tis", "with --async-rollout, what the policy loss does about answers of older weights: tis (weigh each token by the clamped ratio of the trainer's to the writer's probability, as --use-tis) or none", choices=("tis", "none"))
+    async_ratio_gate: list[float] | None = flag(None, "LOW HIGH: with --async-rollout, leave a token out of the policy loss and its penalty where the trainer's over the writer's probability is outside", nargs="+")
     max_logprob_mismatch: float | None = flag(None, "stop when, after a weight sync, the engine's log-probs of a probe text are off by more than this on average, in nats; 1e-3 without it, 0.1 with --bf16")
 
 
@@ -185,7 +192,7 @@ class RewardFlags:
     rm_type: str | None = flag(None, "rule for the task reward", choices=("exact", "math", "final_answer"))
     custom_rm_path: str | None = flag(None, "module.function, async (args, sample) -> float")
     custom_reward_post_process_path: str | None = flag(None, "module.function, (args, samples) -> (raw rewards, rewards)")
-    rm_url: str | None = flag(None, "the teacher server's /generate address for --opd-type sglang")
+    rm_url: str | None = flag(None, "the teacher server's /generate address for --opd-type sglang; several servers of the same teacher with commas between them, each with *WEIGHT behind it (its share of the load) or without")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +218,7 @@ class OpdFlags:
     opd_kl_discount: float = flag(0.0, "a token also pays for the reverse KL of those after it, discounted by this per token; 0: its own only")
     opd_student_logprobs: str = flag("recomputed", "student's side of the reverse KL: recomputed (the trainer's) or behaviour (the rollout engine's)", choices=("recomputed", "behaviour"))
     opd_whiten_penalty: bool = flag(False, "with --normalize-advantages, subtract the penalty before whitening instead of after")
-    opd_teachers: list[str] | None = flag(None, "several teachers: NAME=FOLDER (megatron) or NAME=URL (sglang) each, instead of --opd-teacher-load or --rm-url", nargs="+")
+    opd_teachers: list[str] | None = flag(None, "several teachers: NAME=FOLDER (megatron) or NAME=URL (sglang; NAME=URL,URL as --rm-url) each, instead of --opd-teacher-load or --rm-url", nargs="+")
     opd_teacher_key: str = flag("teacher", "metadata field that names a prompt's teacher, with --opd-teacher-combine route")
     opd_teacher_combine: str = flag("route", "several teachers: route (one per sample, by metadata), logits (weighted mean of logits) or probs (weighted mixture of probabilities)", choices=("route", "logits", "probs"))
     opd_teacher_weights: list[str] | None = flag(None, "NAME=WEIGHT for logits and probs; equal without it, normalised to 1", nargs="+")
@@ -225,9 +232,19 @@ class OpdFlags:
     opd_teacher_ckpt_step: int | None = flag(None, "step of a torch_dist teacher; the latest without it")
     opd_teacher_hf_checkpoint: str | None = flag(None, "Hugging Face folder with the teacher's config and tokenizer, for a torch_dist teacher whose folder holds none")
     opd_teacher_timeout: float = flag(60.0, "seconds for one scoring request, before a retry")
-    opd_teacher_retries: int = flag(3, "retries of one scoring request before the sample is masked")
-    opd_teacher_concurrency: int = flag(64, "scoring requests in flight")
+    opd_teacher_retries: int = flag(3, "retries of one scoring request that times out or gets no proper answer, before the sample is masked; a server that is down or busy is asked until --opd-teacher-deadline")
+    opd_teacher_deadline: float = flag(300.0, "seconds for one sample, all attempts and the waiting for a server that is down included, before it is masked")
+    opd_teacher_hedge: float = flag(3.0, "several addresses: another one is asked too when a request takes this many times the median; 0: never")
+    opd_teacher_wait: float = flag(600.0, "seconds to wait for the teacher, and to ask again, when it leaves more than --opd-max-unscored-share of a rollout without a score; then the run stops (after saving). With several ranks at most what --distributed-timeout-minutes leaves")
+    opd_teacher_concurrency: int = flag(64, "samples that are being scored at each address")
+    opd_teacher_batch: int = flag(64, "samples in one scoring request: those that wait for an address at the same time go together; 1, behind a router: each by itself")
+    opd_teacher_ca_file: str | None = flag(None, "PEM file with the certificates to trust at https addresses, in place of the system's")
     opd_teacher_api_key_env: str | None = flag(None, "name of the environment variable with the teacher server's API key")
+    opd_teacher_cache: str | None = flag(None, "folder in which served teachers' scores are kept and looked up, by token ids and teacher: a repeated or resumed run does not ask for them again")
+    opd_teacher_cache_gb: float = flag(10.0, "GB of --opd-teacher-cache at most; beyond it the scores unused for longest are dropped")
+    opd_teacher_cache_name: str | None = flag(None, "your name for the teachers' weights in --opd-teacher-cache: change it when a server on another machine loads slightly different weights under the same name")
+    opd_teacher_tokenizer: str | None = flag(None, "sglang: Hugging Face folder with the teacher's tokenizer when it is not the student's; the teacher then reads the text, and log-probs are compared by spans in which both have whole tokens")
+    opd_min_token_coverage: float = flag(0.9, "with --opd-teacher-tokenizer, stop (after saving) when a smaller share of a rollout's tokens is in such spans")
     opd_max_unscored_share: float = flag(0.5, "stop (after saving) when a larger share of a rollout has no teacher score")
     opd_skip_teacher_selftest: bool = flag(False, "do not compare tokenizer and temperature with the teacher at start")
 
@@ -281,6 +298,8 @@ class OutputFlags:
     wandb_project: str | None = flag(None, "W&B project")
     wandb_group: str | None = flag(None, "W&B group")
     wandb_mode: str = flag("online", "W&B mode", choices=("online", "offline", "disabled"))
+    prometheus_port: int | None = flag(None, "serve the metrics to Prometheus at http://127.0.0.1:PORT/metrics while the run lasts")
+    prometheus_host: str | None = flag(None, "address on which --prometheus-port listens; 127.0.0.1 without it, 0.0.0.0 for every network")
     num_saved_samples: int = flag(8, "samples per rollout written to OUTPUT_DIR/samples/ with their per-token values")
     trust_remote_code: bool = flag(False, "run code that comes with a Hugging Face folder")
     distributed_timeout_minutes: int = flag(10, "time-out of collectives")
@@ -318,6 +337,20 @@ class Config:
         return self.samples_per_rollout // self.global_batch_size
 
     @property
+    def rollouts_ahead(self) -> int:
+        """Rollouts that are written before their turn; 0: the synchronous order."""
+        return self.rollout.async_max_staleness if self.rollout.async_rollout else 0
+
+    @property
+    def weighs_importance(self) -> bool:
+        """Whether the policy loss weighs each token by the ratio of the trainer's to the writer's probability.
+
+        Answers of older weights need it: the ratio that the loss clips starts at 1 with the weights before the update,
+        whoever wrote the answer. With one rollout of lag it is near 1, so it removes the bias at little variance.
+        """
+        return self.algorithm.use_tis or (self.rollouts_ahead > 0 and self.rollout.async_correction == "tis")
+
+    @property
     def max_logprob_mismatch(self) -> float:
         """Nats per token. In fp32 a missed update of a small model shows; in bf16 rounding alone is about 0.01."""
         given = self.rollout.max_logprob_mismatch
@@ -345,6 +378,14 @@ class Config:
     def needs_reference(self) -> bool:
         """Whether the KL to the reference model (--ref-load, else --hf-checkpoint) is computed."""
         return self.algorithm.use_kl_loss or self.algorithm.kl_coef != 0
+
+    @property
+    def teacher_wait_seconds(self) -> float:
+        """--opd-teacher-wait, but no longer than the other ranks wait at their next collective."""
+        opd, patience = self.opd, 0.8 * 60 * self.output.distributed_timeout_minutes
+        if self.parallel.world_size == 1:
+            return opd.opd_teacher_wait
+        return max(0.0, min(opd.opd_teacher_wait, patience - opd.opd_teacher_deadline))
 
     @property
     def written_with_teacher(self) -> bool:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 from opd.config.flags import flag_text
 from opd.config.queries import given, task_reward_acts
 from opd.config.schema import Config
+from opd.config.teacher_server_rules import EXAMPLE_URL, SERVER_FLAGS, teacher_server_rules
 from opd.config.teachers import teachers
 
 PROMPT_FLAGS = ("opd_teacher_prompt_key", "opd_teacher_prompt_template", "opd_teacher_system_prompt")
-_EXAMPLE_URL = "http://127.0.0.1:13141/generate"
 
 
 def shows_more(config: Config) -> bool:
@@ -37,6 +36,7 @@ def opd_rules(config: Config) -> Iterator[str]:
     else:
         yield from _sglang_teacher_rules(config)
     yield from _combination_rules(config)
+    yield from _cache_rules(config)
     yield from _teacher_prompt_rules(config)
     yield from _self_teacher_rules(config)
 
@@ -75,7 +75,7 @@ def _megatron_teacher_rules(config: Config) -> Iterator[str]:
             f"{flag_text('rm_url', config.reward.rm_url)} needs `--opd-type=sglang` (got `megatron`). "
             "With megatron the teacher is co-loaded from --opd-teacher-load: drop `--rm-url`."
         )
-    for name in ("opd_teacher_timeout", "opd_teacher_retries", "opd_teacher_concurrency", "opd_teacher_api_key_env"):
+    for name in (*SERVER_FLAGS, "opd_teacher_cache"):
         if name in given(opd):
             yield (
                 f"{flag_text(name, getattr(opd, name))} needs `--opd-type=sglang` (got `megatron`): "
@@ -104,30 +104,15 @@ def _sglang_teacher_rules(config: Config) -> Iterator[str]:
             "student's own weights are in the trainer. Give `--opd-type=megatron` and drop `--rm-url`."
         )
     if config.reward.rm_url is None and opd.opd_teachers is None:
-        yield f"`--opd-type=sglang` needs `--rm-url`. Give the teacher server's address, such as {_EXAMPLE_URL}."
+        yield f"`--opd-type=sglang` needs `--rm-url`. Give the teacher server's address, such as {EXAMPLE_URL}."
         return
-    for teacher in teachers(config):
-        if not _is_generate_url(str(teacher.location)):
-            yield (
-                f"{teacher.shown} must be an http or https address that ends in /generate. "
-                f"Give the teacher server's address, such as {_EXAMPLE_URL}."
-            )
+    yield from teacher_server_rules(config)
     if opd.opd_teacher_combine == "logits":
         yield (
             "`--opd-teacher-combine=logits` needs `--opd-type=megatron` (got `sglang`): the normaliser of averaged "
             "logits needs the logits of the whole vocabulary, and a server sends log-probs of single tokens. Give "
             "`--opd-teacher-combine=probs`, which is exact from those."
         )
-
-
-def _is_generate_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port  # raises on a port that is no number
-    except ValueError:
-        return False
-    known = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
-    return known and parts.path.endswith("/generate") and not parts.query and not parts.fragment
 
 
 def _combination_rules(config: Config) -> Iterator[str]:
@@ -149,6 +134,15 @@ def _combination_rules(config: Config) -> Iterator[str]:
                 f"{flag_text(name, value)} needs `--opd-teacher-combine` {' or '.join(combinations)} (got "
                 f"`{opd.opd_teacher_combine}`). Change it, or drop the flag."
             )
+
+
+def _cache_rules(config: Config) -> Iterator[str]:
+    if config.opd.opd_teacher_cache is not None:
+        return
+    for name in ("opd_teacher_cache_gb", "opd_teacher_cache_name"):
+        if name in given(config.opd):
+            shown = flag_text(name, getattr(config.opd, name))
+            yield f"{shown} needs `--opd-teacher-cache`, the folder it is about. Add it, or drop the flag."
 
 
 def _teacher_prompt_rules(config: Config) -> Iterator[str]:

@@ -42,18 +42,28 @@ def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, sam
         teacher_N=torch.tensor([s.teacher_index for s in chosen]),
         off_policy_N=torch.tensor([s.off_policy for s in chosen]),
         teacher_tokens=_teacher_tokens(chosen),
+        teacher_span_T=_teacher_spans(chosen),
         **_teacher_top(chosen),
     )
 
 
 def _teacher_tokens(samples: list[Sample]) -> list[torch.Tensor] | None:
-    """What the teacher reads, when any of its prompts differs from the student's."""
-    if all(s.teacher_prompt_ids is None for s in samples):
+    """What the teacher reads, when any of its prompts differs from the student's. None of a teacher that reads text:
+    its ids are no ids of the student's."""
+    if all(s.teacher_prompt_ids is None for s in samples) or any(s.teacher_spans is not None for s in samples):
         return None
     return [
         torch.tensor(s.tokens if s.teacher_prompt_ids is None else s.teacher_prompt_ids + s.response_ids)
         for s in samples
     ]
+
+
+def _teacher_spans(samples: list[Sample]) -> torch.Tensor | None:
+    """[T] spans of all samples; an unscored one is in none."""
+    if all(s.teacher_spans is None for s in samples):
+        return None
+    spans = [[-1] * s.response_length if s.teacher_spans is None else s.teacher_spans for s in samples]
+    return torch.tensor([number for sample in spans for number in sample])
 
 
 def _teacher_top(samples: list[Sample]) -> dict[str, torch.Tensor]:

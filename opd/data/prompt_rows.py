@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd.data.prompt_files import PromptDataError, Row, read_rows
 from opd.data.teacher_prompts import SHOWN, TeacherPrompts, TeacherRowError, as_text, is_prompt
+from opd.data.tokenizer import leading_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,8 +66,8 @@ class PromptSource:
             raise self.error(error.rule, error.remedy, error.bad_rows) from error
         texts, token_ids = self._tokenized_prompts(rows, [fields[self.input_key] for _, fields in rows], tokenizer)
         teacher_ids, mixture_ids = [
-            [None] * len(rows) if of_teacher is None else self._tokenized_prompts(rows, of_teacher, tokenizer)[1]
-            for of_teacher in values
+            [None] * len(rows) if of_teacher is None else self._teacher_ids(rows, of_teacher, teacher, tokenizer)
+            for of_teacher, teacher in zip(values, (self.teacher, self.mixture), strict=True)
         ]
         return [
             Prompt(
@@ -87,12 +88,28 @@ class PromptSource:
             return None
         return teacher.values(rows, input_key=self.input_key, label_key=self.label_key, metadata_key=self.metadata_key)
 
+    def _teacher_ids(
+        self, rows: list[Row], prompts: list[Any], teacher: TeacherPrompts, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[int, ...]]:
+        """In the student's tokens, or in the teacher's own: then with what its tokenizer puts in front of a text (as
+        <s>), which a chat template writes itself."""
+        if teacher.tokenizer is None:
+            return self._tokenized_prompts(rows, prompts, tokenizer)[1]
+        _, ids = self._tokenized_prompts(rows, prompts, teacher.tokenizer, flag="--opd-teacher-tokenizer")
+        front = () if self.apply_chat_template else leading_ids(teacher.tokenizer)
+        return [(*front, *prompt_ids) for prompt_ids in ids]
+
     def _tokenized_prompts(
-        self, rows: list[Row], prompts: list[Any], tokenizer: PreTrainedTokenizerBase
+        self,
+        rows: list[Row],
+        prompts: list[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        flag: str = "--hf-checkpoint",
     ) -> tuple[list[str], list[tuple[int, ...]]]:
         """(texts after the chat template, their token ids) of text prompts or lists of messages."""
         numbered = [(number, prompt) for (number, _), prompt in zip(rows, prompts, strict=True)]
-        texts = self._render(numbered, tokenizer)
+        texts = self._render(numbered, tokenizer, flag)
         token_ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         empty = [(number, "no tokens") for (number, _), ids in zip(rows, token_ids, strict=True) if not ids]
         if empty:
@@ -118,19 +135,20 @@ class PromptSource:
         if bad:
             raise self.error(f"field `{key}` {rule}", "Fix these rows, or name another field.", bad)
 
-    def _render(self, values: list[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def _render(self, values: list[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase, flag: str) -> list[str]:
         if self.apply_chat_template:
-            return self._render_chats(values, tokenizer)
+            return self._render_chats(values, tokenizer, flag)
         lists = [(number, f"{len(value)} messages") for number, value in values if not isinstance(value, str)]
         if lists:
             rule = "prompts that are lists of chat messages need `--apply-chat-template`"
             raise self.error(rule, "Add that flag, or give the prompts as text.", lists)
         return [value for _, value in values]
 
-    def _render_chats(self, values: list[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def _render_chats(self, values: list[tuple[int, Any]], tokenizer: PreTrainedTokenizerBase, flag: str) -> list[str]:
+        """``flag``: that names the tokenizer, for messages."""
         if not tokenizer.chat_template:
             raise self.error(
-                "`--apply-chat-template` needs a tokenizer with a chat template, and that of --hf-checkpoint has none",
+                f"`--apply-chat-template` needs a tokenizer with a chat template, and that of {flag} has none",
                 "Drop the flag, or put a chat_template.jinja beside tokenizer_config.json.",
             )
         import jinja2  # what chat templates are written in; comes with transformers

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import string
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd.data.prompt_files import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 60  # characters of a bad value
 BadRows = list[tuple[int, str]]
@@ -42,6 +45,7 @@ class TeacherPrompts:
         names: teachers in the order of ``opd.config.teachers``.
         positions: tokens that each teacher can read; empty: not known.
         max_response_len: tokens of the longest answer.
+        tokenizer: of a teacher that reads every prompt in its own tokens; None: the student's.
         flags: what the names of the prompt flags begin with, for messages.
         who: what messages call this teacher.
     """
@@ -53,6 +57,7 @@ class TeacherPrompts:
     names: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
     max_response_len: int = 1
+    tokenizer: PreTrainedTokenizerBase | None = None
     flags: str = "--opd-teacher"
     who: str = "the teacher"
 
@@ -63,7 +68,7 @@ class TeacherPrompts:
 
     @property
     def has_prompts(self) -> bool:
-        return self.shown != (None, None, None)
+        return self.shown != (None, None, None) or self.tokenizer is not None
 
     def routes(self, rows: list[Row], metadata_key: str) -> list[int]:
         """The index of each row's teacher; 0 without routing.

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder.
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, *, flag: str = "--hf-checkpoint"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder; ``flag`` named it, for messages.
 
     Raises:
         ConfigError: the folder is missing or holds no tokenizer.
@@ -31,9 +33,16 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"`--hf-checkpoint={path}` holds no tokenizer that transformers can load ({first_line}). It needs "
+            f"`{flag}={path}` holds no tokenizer that transformers can load ({first_line}). It needs "
             "tokenizer.json (or the files of a slow tokenizer) and tokenizer_config.json beside config.json."
         ) from error
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text when it is asked for special tokens, as Llama's ``<s>``."""
+    bare, full = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+    return tuple(full[: starts[0]]) if starts else ()
 
 
 def eos_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Truncated importance sampling between the policy that wrote the answers and the one that is trained."""
+"""The policy that wrote the answers and the one that is trained differ: weigh each token by their ratio, or gate it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def truncated_importance_weights(
     ratio_T = (trainer_logprobs_T.detach() - rollout_logprobs_T.detach()).clamp_max(80.0).exp()
     weights_T = ratio_T.clamp(low, high)
     return weights_T, (weights_T != ratio_T).to(ratio_T.dtype)
+
+
+def ratio_gate(
+    trainer_logprobs_T: torch.Tensor, behaviour_logprobs_T: torch.Tensor, *, low: float, high: float
+) -> torch.Tensor:
+    """1.0 where ``low <= pi_trainer / pi_behaviour <= high``, else 0.0; no gradient.
+
+    A weight bounded by a clamp still learns from a token on which the two policies disagree; the gate takes it out.
+    What is left is biased towards tokens on which they agree, so the gate is a guard, not a correction.
+    """
+    ratio_T = (trainer_logprobs_T.detach() - behaviour_logprobs_T.detach()).clamp_max(80.0).exp()
+    return ((ratio_T >= low) & (ratio_T <= high)).to(ratio_T.dtype)

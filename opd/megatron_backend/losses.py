@@ -20,6 +20,7 @@ from opd.maths.kl import kl_estimate
 from opd.maths.policy_loss import policy_loss
 from opd.megatron_backend.pipeline import LossFn, MicroBatch, over_context_ranks
 from opd.megatron_backend.teacher_pass import TeacherPass
+from opd.ratio_gate import gate_mask
 from opd.types import TokenBatch
 
 Sums = dict[str, torch.Tensor]
@@ -68,8 +69,9 @@ class PolicyTerm:
         algorithm = config.algorithm
         self.metrics = ("policy_loss", "clip_fraction")
         self.metrics += ("kl_loss",) if algorithm.use_kl_loss else ()
-        self.metrics += ("tis_truncated_fraction",) if algorithm.use_tis else ()
+        self.metrics += ("tis_truncated_fraction",) if config.weighs_importance else ()
         self.coef = config.policy_weight
+        self._config = config
         self._flags = algorithm
         self._kind = {"gspo": "gspo", "cispo": "cispo"}.get(algorithm.advantage_estimator, "ppo")
         self._eps_high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
@@ -77,7 +79,7 @@ class PolicyTerm:
         self._chunk = config.parallel.logits_chunk_tokens
 
     def mask(self, batch: TokenBatch) -> torch.Tensor:
-        return batch.own_mask_T
+        return gate_mask(batch, self._config)
 
     def __call__(self, micro: MicroBatch, weights_R: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         flags, batch, rows = self._flags, micro.batch, micro.rows
@@ -89,7 +91,7 @@ class PolicyTerm:
             with_entropy=flags.entropy_coef != 0,
             chunk=self._chunk,
         )
-        old_R, mask_R = rows(batch.student_logprobs_T), rows(batch.own_mask_T)
+        old_R, mask_R = rows(batch.student_logprobs_T), rows(self.mask(batch))
         loss_R, clipped_R = policy_loss(
             logprobs_R,
             old_R,
@@ -101,7 +103,7 @@ class PolicyTerm:
             sequence_log_ratio_T=self._sequence_log_ratio(micro, logprobs_R) if self._kind == "gspo" else None,
         )
         sums = {"clip_fraction": (clipped_R * mask_R).sum()}
-        if flags.use_tis:
+        if self._config.weighs_importance:
             importance_R, truncated_R = truncated_importance_weights(
                 old_R, rows(batch.rollout_logprobs_T), low=flags.tis_clip_low, high=flags.tis_clip
             )

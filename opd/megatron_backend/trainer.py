@@ -20,7 +20,7 @@ from opd.megatron_backend.optimizer import TrainableModel
 from opd.megatron_backend.peft_export import save_peft_adapter
 from opd.megatron_backend.pipeline import ResponseScores, response_scores
 from opd.megatron_backend.teacher_pass import TeacherPass
-from opd.megatron_backend.update import mean_of, optimizer_steps, sum_over_ranks
+from opd.megatron_backend.update import mean_of, on_any_rank, optimizer_steps, sum_over_ranks
 from opd.teachers.coloaded_teacher import ColoadedTeacher, MovingAverageTeacher
 from opd.types import TokenBatch
 
@@ -105,6 +105,10 @@ class MegatronTrainer:
     def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
         """Adds up, or takes the largest of, per-share numbers over the data-parallel ranks."""
         return sum_over_ranks(sums, maxima)
+
+    def on_any_rank(self, yes: bool) -> bool:
+        """See ``Trainer.on_any_rank``: one number over all ranks."""
+        return on_any_rank(yes)
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return export_hf_weights(self._student.model)

@@ -56,6 +56,15 @@ def sum_over_ranks(sums: dict[str, float], maxima: dict[str, float]) -> dict[str
     return merged
 
 
+def on_any_rank(yes: bool) -> bool:
+    """Over data-, tensor-, pipeline- and context-parallel ranks alike."""
+    if dist.get_world_size() == 1:
+        return yes
+    flag = torch.tensor(float(yes), device=current_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
 def _optimizer_step(
     trainable: TrainableModel, terms: list[LossTerm], batch: TokenBatch, *, max_tokens: int, per_token: bool
 ) -> dict[str, float]:

@@ -15,6 +15,7 @@ from opd.config.schema import OutputFlags
 from opd.report.console import Console
 from opd.report.metrics import FILE_NAME, MetricsWriter, clean_row, read_metrics
 from opd.report.plots import write_curves
+from opd.report.prometheus import PrometheusSink
 from opd.report.samples import drop_samples_after, write_samples
 from opd.report.sinks import Sink, TensorBoardSink, WandbSink
 from opd.report.summary import print_summary
@@ -36,7 +37,7 @@ class Reporter:
     Raises:
         MetricsError: the output folder cannot be written. Everything else that fails to be written (full disk) is
             warned about once and then left out, so that the training goes on.
-        ConfigError: ``--use-wandb`` without the wandb package.
+        ConfigError: ``--use-wandb`` without the wandb package, or a ``--prometheus-port`` that cannot be served.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class Reporter:
         self._sinks: dict[str, Sink] = {}
         self._broken: set[str] = set()
         self._closed = False
+        if output.prometheus_port is not None:  # before anything in the folder is touched: the port may be in use
+            host = output.prometheus_host or "127.0.0.1"
+            self._sinks["Prometheus"] = PrometheusSink(output.prometheus_port, host)
         if self._folder:
             self._open_folder(self._folder, start_step, run_flags or {})
 

@@ -1,4 +1,4 @@
-"""Dashboards: TensorBoard and Weights & Biases behind the same two methods, ``log`` and ``close``."""
+"""TensorBoard and Weights & Biases behind the same two methods, ``log`` and ``close``; Prometheus has its own file."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from opd.report.console import PHASES, accuracies
+from opd.report.serving_summary import serving_table
 
 Row = Mapping[str, Any]
 
@@ -33,7 +34,7 @@ class Trend:
 def print_summary(rows: Sequence[Row], console: RichConsole, files: Mapping[str, str]) -> None:
     """Prints tables and headline; plain characters where the output is not a terminal. ``files``: label -> path."""
     plain = not console.is_terminal
-    for table in (_trend_table(rows), _time_table(rows)):
+    for table in (_trend_table(rows), _time_table(rows), serving_table(rows)):
         if table.row_count:
             table.box = box.ASCII2 if plain else box.ROUNDED
             console.print(table)

@@ -16,14 +16,17 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from opd.errors import TeacherError
 from opd.interfaces import RewardFn
-from opd.teachers.served_teachers import ServedTeachers, TeacherScore
+from opd.serving.http import HttpError
+from opd.serving.http_stats import HttpStats
+from opd.teachers.score_batches import BatchLimits
+from opd.teachers.score_cache import take_cache_stats
+from opd.teachers.served_teachers import ServedTeachers
 from opd.teachers.sglang_teacher import SGLangTeacher, response_logprobs
 from opd.types import TopLogprobs
 
@@ -49,19 +52,35 @@ async def reward_func(
         teachers: without it the one at ``args.rm_url``.
 
     Returns:
-        ``task_reward`` (float), ``teacher_log_probs`` (of the response tokens, temperature 1, nats; None when the
-        teacher could not score it), ``teacher_error`` (the reason, or None) and, where ``teachers`` asks for likely
-        tokens, ``teacher_top``. A failed score raises nothing: the sample is trained on without the teacher.
+        ``task_reward`` (float) and what ``ask_teacher`` returns.
     """
-    reward, (score, error) = await asyncio.gather(
-        _task_reward(args, sample, task_reward, kwargs), _teacher_score(args, sample, teachers)
+    reward, scored = await asyncio.gather(
+        _task_reward(args, sample, task_reward, kwargs), ask_teacher(args, sample, teachers)
     )
-    result = {
-        "task_reward": reward,
-        "teacher_log_probs": None if score is None else score.logprobs,
-        "teacher_error": error,
-    }
-    return result if score is None or score.top is None else {**result, "teacher_top": score.top}
+    return {"task_reward": reward, **scored}
+
+
+async def ask_teacher(args: Any, sample: Any, teachers: ServedTeachers | None = None) -> dict[str, Any]:
+    """The teacher's part of a sample's reward.
+
+    Returns:
+        ``teacher_log_probs`` (of the response tokens, temperature 1, nats; None when the teacher could not score it),
+        ``teacher_error`` (the reason, or None) and, where ``teachers`` asks for likely tokens, ``teacher_top``; where
+        they read text, ``teacher_spans`` (as ``Sample.teacher_spans``); ``teacher_unavailable`` (True) when it did
+        not answer, so that asking later may help. A failed score raises nothing: the sample is trained on without the
+        teacher.
+    """
+    try:
+        score = await (teachers or ServedTeachers.at(args.rm_url)).score(sample, _clients_of(args))
+    except TeacherError as error:
+        failed = {"teacher_log_probs": None, "teacher_error": str(error)}
+        return failed | ({"teacher_unavailable": True} if _may_pass(error) else {})
+    result: dict[str, Any] = {"teacher_log_probs": score.logprobs, "teacher_error": None}
+    if score.top is not None:
+        result["teacher_top"] = score.top
+    if score.spans is not None:
+        result["teacher_spans"] = score.spans
+    return result
 
 
 def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[list[float], list[float]]:
@@ -81,6 +100,8 @@ def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[
         top = _top(sample.reward)
         if top is not None and log_probs is not None:
             sample.teacher_top = top
+        if isinstance(sample.reward, dict) and log_probs is not None and "teacher_spans" in sample.reward:
+            sample.teacher_spans = sample.reward["teacher_spans"]
         if log_probs is not None:
             sample.teacher_log_probs = torch.tensor(log_probs, dtype=torch.float32)
         elif hasattr(sample, "remove_sample"):
@@ -98,12 +119,15 @@ def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[
 
 
 def take_teacher_stats() -> dict[str, float]:
-    """Counters of all clients since the last call, summed: requests, retries, failures, bytes, seconds."""
-    total: Counter[str] = Counter()
-    for clients in list(_clients.values()):
-        for client in clients.values():
-            total.update(asdict(client.stats.take()))
-    return dict(total)
+    """Of all clients since the last call, together: ``HttpStats.numbers``. With several addresses also those of each,
+    as ``endpoint_N/`` and the name, N from 1 in the order of the flags; with a cache its hits and misses."""
+    taken = [client.stats.take_each() for clients in list(_clients.values()) for client in clients.values()]
+    numbers = HttpStats.merged(total for total, _ in taken).numbers()
+    each = [stats for _, endpoints in taken for stats in endpoints]
+    if len(each) > 1:
+        for n, stats in enumerate(each, start=1):
+            numbers |= {f"endpoint_{n}/{name}": value for name, value in stats.numbers().items() if name != "queue_max"}
+    return numbers | take_cache_stats()
 
 
 async def _task_reward(args: Any, sample: Any, task_reward: RewardFn | None, kwargs: dict[str, Any]) -> float:
@@ -116,13 +140,13 @@ async def _task_reward(args: Any, sample: Any, task_reward: RewardFn | None, kwa
     return float(await task_reward(args, sample, **kwargs))
 
 
-async def _teacher_score(
-    args: Any, sample: Any, teachers: ServedTeachers | None
-) -> tuple[TeacherScore | None, str | None]:
-    try:
-        return await (teachers or ServedTeachers.at(args.rm_url)).score(sample, _clients_of(args)), None
-    except TeacherError as error:
-        return None, str(error)
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a request failed in a way that the same request later may not."""
+    while error is not None:
+        if isinstance(error, HttpError):
+            return error.retryable
+        error = error.__cause__
+    return False
 
 
 def _clients_of(args: Any) -> Callable[[str], SGLangTeacher]:
@@ -138,12 +162,24 @@ def _client(args: Any, url: str) -> SGLangTeacher:
         getattr(args, "opd_teacher_retries", 3),
         getattr(args, "opd_teacher_concurrency", 64),
         os.environ.get(key_variable) if key_variable else None,
+        getattr(args, "opd_teacher_deadline", 300.0),
+        getattr(args, "opd_teacher_hedge", 3.0),
+        getattr(args, "opd_teacher_ca_file", None),
+        getattr(args, "opd_teacher_batch", 64),
     )
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
     if settings not in clients:
-        _, timeout_s, retries, concurrency, api_key = settings
+        _, timeout_s, retries, concurrency, api_key, deadline_s, hedge, ca_file, rows = settings
         clients[settings] = SGLangTeacher(
-            url, timeout_s=timeout_s, retries=retries, concurrency=concurrency, api_key=api_key
+            url,
+            timeout_s=timeout_s,
+            retries=retries,
+            concurrency=concurrency,
+            api_key=api_key,
+            deadline_s=deadline_s,
+            hedge=hedge,
+            ca_file=ca_file,
+            batches=BatchLimits(rows=rows),
         )
     return clients[settings]
 

@@ -17,6 +17,7 @@ from opd.background_loop import BackgroundLoop
 from opd.data.prompts import Prompt
 from opd.errors import RewardError
 from opd.interfaces import PostProcessFn, RewardFn, RolloutEngine
+from opd.rollout.score_wait import ScoreWait
 from opd.types import GenerationRequest, GenerationResult, Sample, SampleStatus, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class RolloutDriver:
         args: the flat flags, slime's first argument of ``reward`` and ``post_process``.
         decode: token ids -> text.
         take_scoring_stats: counters since the last call, for the metrics.
+        score_wait: what to do when too many samples lack a score; nothing without it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class RolloutDriver:
         args: Any,
         decode: Callable[[list[int]], str],
         take_scoring_stats: Callable[[], dict[str, float]] = dict,
+        score_wait: ScoreWait | None = None,
     ) -> None:
         self.engine = engine
         self._reward = reward
@@ -56,6 +59,7 @@ class RolloutDriver:
         self._args = args
         self._decode = decode
         self._take_scoring_stats = take_scoring_stats
+        self._score_wait = score_wait
         self._loop = BackgroundLoop("rewards")
 
     def run(
@@ -122,6 +126,9 @@ class RolloutDriver:
         generated = time.monotonic()
         for sample, future in rewards:
             sample.reward = self._result_of(sample, future)
+        if self._score_wait is not None:
+            again = self._score_wait.scorer.score_again
+            self._score_wait([sample for sample, _ in rewards], lambda s: self._loop.submit(again(self._args, s)))
         raw, used = self._post_process(self._args, samples)
         for sample, value in zip(samples, raw, strict=True):
             sample.reward = _as_number(value, sample)
@@ -156,6 +163,7 @@ class RolloutDriver:
         sample.rollout_log_probs = result.log_probs
         sample.status = result.status
         sample.weight_version = result.weight_version
+        sample.weight_spans = result.weight_spans
         sample.student_top_ids = result.top_ids
 
     def _result_of(self, sample: Sample, future: Future[Any]) -> Any:

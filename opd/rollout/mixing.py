@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import add
+
 from opd.rollout.driver import RolloutResult
 from opd.types import Sample
 
@@ -32,7 +35,12 @@ def mix(own: RolloutResult, answers: RolloutResult) -> RolloutResult:
         seconds_generation=own.seconds_generation + answers.seconds_generation,
         seconds_scoring_tail=own.seconds_scoring_tail + answers.seconds_scoring_tail,
         scoring={
-            name: own.scoring.get(name, 0.0) + answers.scoring.get(name, 0.0)
+            name: _together(name)(own.scoring.get(name, 0.0), answers.scoring.get(name, 0.0))
             for name in {**own.scoring, **answers.scoring}
         },
     )
+
+
+def _together(name: str) -> Callable[[float, float], float]:
+    """How two parts' numbers make the rollout's: counters add up, percentiles and peaks do not."""
+    return max if name.endswith(("_p50", "_p95", "_p99", "_max")) else add

@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import queue
-import tempfile
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from opd.background_loop import BackgroundLoop
 from opd.config.schema import Config
-from opd.errors import EngineError, TeacherError, WeightSyncError
-from opd.serving import weight_push
-from opd.serving.command import ServerOptions
+from opd.errors import EngineError, WeightSyncError
+from opd.rollout.broadcast_sync import BroadcastSync
+from opd.rollout.current_weights import CurrentWeights, Probe
+from opd.rollout.engine_server import EngineServer
+from opd.rollout.revival import Reviver
+from opd.rollout.routes import LeastLoaded, PromptGroup, Route, ThroughRouter
+from opd.rollout.sglang_answers import generate_payload, generation_result
+from opd.rollout.sglang_start import start_servers, weight_sync_method
+from opd.rollout.weight_sync import FolderSync, MemorySync, WeightSync
 from opd.serving.http import HttpError, JsonClient, base_url
+from opd.serving.router import SGLangRouter
 from opd.serving.server import SGLangServer
-from opd.serving.top_logprobs import top_request, top_rows
-from opd.teachers.sglang_teacher import response_logprobs
 from opd.types import GenerationRequest, GenerationResult, SampleStatus, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_STATUS = {"stop": SampleStatus.COMPLETED, "length": SampleStatus.TRUNCATED, "abort": SampleStatus.ABORTED}
-
-
-@dataclass
-class _Endpoint:
-    """One server as the engine sees it; ``server`` is None for one that somebody else runs."""
-
-    url: str
-    server: SGLangServer | None
-    client: JsonClient
-
-    def dead(self) -> bool:
-        return self.server is not None and not self.server.alive()
-
-    def describe(self, what: str) -> str:
-        if self.server is None:
-            return f"the SGLang server at {self.url} {what}"
-        tail = f"The end of its log ({self.server.log_path}):\n{self.server.log_tail()}"
-        return f"the SGLang server at {self.url} {'has ended' if self.dead() else what}. {tail}"
-
 
 class SGLangEngine:
     """``RolloutEngine`` over one or more SGLang servers.
+
+    A server of ours that dies is started again and given the current weights, which costs memory for a copy of them
+    (``MemorySync``, ``BroadcastSync``) or disk (``FolderSync``); requests that it had are sent again.
 
     Args:
         servers: servers of ours, which ``close`` stops, or addresses of others'.
@@ -60,7 +43,11 @@ class SGLangEngine:
         sync_folder: where weights are written for the servers to read. Without it they go through shared memory, which
             needs servers on this machine.
         model_folder: Hugging Face folder whose config and tokenizer files are put into ``sync_folder``.
+        broadcast_from: instead of these two: weights are broadcast from this device to servers of ours.
+        router: in front of all servers, ready; requests for answers go to it. ``close`` stops it.
         request_timeout_s: for one answer.
+        max_restarts: of each server of ours, and of the router; without any no copy of the weights is kept.
+        start_timeout_s: for one restart.
     """
 
     def __init__(
@@ -71,25 +58,57 @@ class SGLangEngine:
         max_context_len: int,
         sync_folder: str | Path | None = None,
         model_folder: str | Path | None = None,
+        broadcast_from: torch.device | None = None,
+        router: SGLangRouter | None = None,
         request_timeout_s: float = 3600.0,
         retries: int = 3,
+        max_restarts: int = 3,
+        start_timeout_s: float = 180.0,
     ) -> None:
         if sync_folder is None and any(isinstance(server, str) for server in servers):
             raise ValueError("servers that were not started here take weights from a folder: give sync_folder")
         if (sync_folder is None) != (model_folder is None):
             raise ValueError("sync_folder and model_folder belong together: give both or neither")
+        if sync_folder is not None and broadcast_from is not None:
+            raise ValueError("weights go through sync_folder or by broadcast: give one of them")
         self.max_context_len = max_context_len
-        self.weight_version = 0
-        self._sync_folder = None if sync_folder is None else Path(sync_folder)
-        self._model_folder = model_folder
-        self._endpoints = []
+        self._servers = []
         for server in servers:
             url = base_url(server if isinstance(server, str) else server.url)
             api_key = None if isinstance(server, str) else server.options.api_key
             client = JsonClient(url, request_timeout_s, retries, max_running_requests, api_key)
-            self._endpoints.append(_Endpoint(url, None if isinstance(server, str) else server, client))
+            self._servers.append(EngineServer(url, None if isinstance(server, str) else server, client))
+        self._router = router
         self._loop = BackgroundLoop("sglang rollout")
+        keep = max_restarts > 0 and not all(isinstance(server, str) for server in servers)
+        sync: WeightSync
+        if broadcast_from is not None:
+            sync = BroadcastSync(self._loop, device=broadcast_from, keep=keep)
+        elif sync_folder is not None:
+            sync = FolderSync(sync_folder, model_folder=model_folder, keep=keep)
+        else:
+            sync = MemorySync(keep=keep)
+        self._weights = CurrentWeights(self._loop, sync)
+        self._reviver = Reviver(self._weights, max_restarts=max_restarts, start_timeout_s=start_timeout_s)
+        self._route: Route
+        if router is None:
+            self._route = LeastLoaded(self._servers, self._reviver, limit=max_running_requests, retries=retries)
+        else:
+            through = JsonClient(router.url, request_timeout_s, retries, max_running_requests * len(servers))
+            self._route = ThroughRouter(
+                router,
+                through,
+                self._servers,
+                self._reviver,
+                max_restarts=max_restarts,
+                start_timeout_s=start_timeout_s,
+                retries=retries,
+            )
         self._closed = False
+
+    @property
+    def weight_version(self) -> int:
+        return self._weights.version or 0
 
     def generate(self, requests: list[GenerationRequest], params: SamplingParams) -> Iterator[GenerationResult]:
         """See ``RolloutEngine.generate``. Log-probs of a greedy answer are those at temperature 1.
@@ -99,7 +118,7 @@ class SGLangEngine:
 
         Raises:
             ValueError: a prompt that leaves no room for an answer.
-            EngineError: a server is gone, refused a request, or returned log-probs of other tokens.
+            EngineError: a server is gone for good, refused a request, or returned log-probs of other tokens.
         """
         longest = max((len(r.prompt_ids) for r in requests), default=0)
         if longest >= self.max_context_len:
@@ -118,34 +137,28 @@ class SGLangEngine:
             work.cancel()
 
     def set_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """See ``RolloutEngine.set_weights``. ``verify`` tells whether the servers took all of them."""
-        if self._sync_folder is not None:
-            folder = self._sync_folder / f"weights-{version}"
-            weight_push.write_folder(named_tensors, folder, model_folder=self._model_folder)
-            self._on_all(lambda e: weight_push.push_folder(e.client, folder, version=version))
-            weight_push.remove_folder(folder)
-        else:
-            self._push_through_memory(named_tensors, version)
-        self.weight_version = version
+        """See ``RolloutEngine.set_weights``. ``verify`` tells whether the servers took all of them.
+
+        Another thread may be in ``generate``: its requests wait and go on with the new weights, and the
+        ``weight_spans`` of their results name both versions. A server that dies meanwhile is started again.
+        """
+        self._weights.update(self._servers, named_tensors, version)
+        try:
+            self._loop.run(self._reviver.all_ready(self._servers))
+        except EngineError as error:
+            raise WeightSyncError(str(error)) from error
+        for server, held in zip(self._servers, self._loop.run(self._held_versions()), strict=True):
+            if held != str(version):
+                raise WeightSyncError(
+                    f"the SGLang server at {server.url} says that it holds weights of version {held} after an update "
+                    f"to {version}: somebody else gives it weights too. Give the run servers of its own."
+                )
 
     def verify(self, tokens: list[int], expected_logprobs: list[float], *, tolerance: float) -> float:
-        """See ``RolloutEngine.verify``; every server is asked."""
-        expected_T = torch.tensor(expected_logprobs, dtype=torch.float64)
-        worst = 0.0
-        answers = self._on_all(lambda e: self._ask_logprobs(e, tokens))
-        for endpoint, answer in zip(self._endpoints, answers, strict=True):
-            try:
-                actual = response_logprobs(answer, tokens, len(expected_logprobs))
-            except TeacherError as error:
-                raise WeightSyncError(f"the SGLang server at {endpoint.url} cannot be checked: {error}") from error
-            difference = float((torch.tensor(actual, dtype=torch.float64) - expected_T).abs().mean())
-            if not difference <= tolerance:
-                raise WeightSyncError(
-                    f"after the weight sync the log-probs of the SGLang server at {endpoint.url} are off by "
-                    f"{difference:.3g} nats per token, more than --max-logprob-mismatch={tolerance}: it does not hold "
-                    "the trainer's weights"
-                )
-            worst = max(worst, difference)
+        """See ``RolloutEngine.verify``; every server is asked. A server that is restarted later has to pass it too."""
+        probe = Probe(tokens=tokens, expected=expected_logprobs, tolerance=tolerance)
+        worst = max(self._loop.run(self._check(probe)))
+        self._weights.probe = probe
         return worst
 
     def close(self) -> None:
@@ -153,188 +166,83 @@ class SGLangEngine:
             return
         self._closed = True
         self._loop.close()
-        for endpoint in self._endpoints:
-            if endpoint.server is not None:
-                endpoint.server.stop()
+        if self._router is not None:
+            self._router.stop()
+        for server in self._servers:
+            if server.server is not None:
+                server.server.stop()
+        self._weights.close()
 
     async def _generate_all(
         self, requests: list[GenerationRequest], params: SamplingParams, put: Callable[[Any], None]
     ) -> None:
         """Puts one result per request, or the first error and nothing more."""
-        # Answers to one prompt go to one server, which then holds the prompt's prefix once.
-        prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt_ids for r in requests))}
+        groups = {request.prompt_ids: PromptGroup() for request in requests}
 
         async def one(request: GenerationRequest) -> None:
-            endpoint = self._endpoints[prompts[request.prompt_ids] % len(self._endpoints)]
-            put(await self._generate_one(endpoint, request, params))
+            put(await self._generate_one(groups[request.prompt_ids], request, params))
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for request in requests:
-                    group.create_task(one(request))
+            async with asyncio.TaskGroup() as everything:
+                watch = everything.create_task(self._reviver.watch(self._servers))
+                async with asyncio.TaskGroup() as answers:
+                    for request in requests:
+                        answers.create_task(one(request))
+                watch.cancel()
         except BaseExceptionGroup as errors:
-            put(errors.exceptions[0])
+            put(_first(errors))
 
     async def _generate_one(
-        self, endpoint: _Endpoint, request: GenerationRequest, params: SamplingParams
+        self, group: PromptGroup, request: GenerationRequest, params: SamplingParams
     ) -> GenerationResult:
-        limit = min(params.max_new_tokens, self.max_context_len - len(request.prompt_ids))
-        payload = {
-            "input_ids": list(request.prompt_ids),
-            "sampling_params": {
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "top_k": params.top_k,
-                "max_new_tokens": limit,
-                "stop_token_ids": list(params.stop_token_ids) or None,
-                "ignore_eos": not params.stop_token_ids,
-                "sampling_seed": request_seed(params.seed, request.key),
-            },
-            "return_logprob": True,
-            **(top_request("output", params.top_ids) if params.top_ids else {}),
-        }
+        payload = generate_payload(request, params, max_context_len=self.max_context_len)
         try:
-            answer = await endpoint.client.post("/generate", payload, give_up=endpoint.dead)
+            answer, url = await self._route.post(group, payload)
         except HttpError as error:
-            if error.reason != "timeout" or endpoint.dead():
-                raise EngineError(endpoint.describe(f"could not be used ({error})")) from error
             logger.warning("request %d aborted: %s", request.key, error)
             return GenerationResult(key=request.key, response_ids=[], log_probs=[], status=SampleStatus.ABORTED)
-        return self._result(endpoint, request, answer, params.top_ids)
+        return generation_result(answer, request, url=url, top_ids=params.top_ids, given_version=self._weights.version)
 
-    def _result(
-        self, endpoint: _Endpoint, request: GenerationRequest, answer: dict[str, Any], top_ids: int
-    ) -> GenerationResult:
-        meta = answer["meta_info"]
-        ids = answer["output_ids"]
-        entries = meta.get("output_token_logprobs") or []
-        status = _STATUS[meta["finish_reason"]["type"]]
-        if [entry[1] for entry in entries] != ids:
-            if status is not SampleStatus.ABORTED:
-                raise EngineError(
-                    f"{endpoint.url} returned log-probs of other tokens than its answer to request {request.key}"
-                )
-            ids, entries = [], []
-        version = str(meta.get("weight_version", ""))
-        return GenerationResult(
-            key=request.key,
-            response_ids=ids,
-            log_probs=[float(entry[0]) for entry in entries],
-            status=status,
-            weight_version=int(version) if version.isdecimal() else self.weight_version,
-            top_ids=self._top_ids(endpoint, meta, len(ids), top_ids) if top_ids and ids else None,
-        )
+    async def _check(self, probe: Probe) -> list[float]:
+        return await asyncio.gather(*(self._check_one(server, probe) for server in self._servers))
 
-    def _top_ids(self, endpoint: _Endpoint, meta: dict[str, Any], length: int, count: int) -> list[list[int]]:
-        try:
-            ids_TK, _ = top_rows(meta, "output", positions=length, count=count)
-        except ValueError as error:
-            raise EngineError(
-                f"{endpoint.url} returned no {count} likeliest tokens at each position: {error}"
-            ) from error
-        return ids_TK.tolist()
+    async def _check_one(self, server: EngineServer, probe: Probe) -> float:
+        while True:
+            try:
+                return await probe.check(server)
+            except HttpError as error:
+                if not await server.died_of(error):
+                    raise EngineError(server.describe(f"could not be used ({error})")) from error
+                await self._reviver.all_ready([server])
 
-    def _push_through_memory(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        limit = min(weight_push.BUCKET_BYTES, weight_push.free_shared_memory() // 2)
-        self._on_all(lambda e: weight_push.command(e.client, "/begin_weight_update", {}))
-        pending = weight_push.buckets(named_tensors, limit)
-        bucket = next(pending, None)
-        while bucket is not None:
-            payload, block = weight_push.share_bucket(bucket)
-            bucket = next(pending, None)
-            self._push_payload(payload, version if bucket is None else None)
-            del block  # the servers have copied it
-        self._on_all(lambda e: weight_push.command(e.client, "/end_weight_update", {}))
-
-    def _push_payload(self, payload: str, version: int | None) -> None:
-        self._on_all(
-            lambda e: weight_push.push_bucket(e.client, payload, tp_size=e.server.options.tp_size, version=version)
-        )
-
-    async def _ask_logprobs(self, endpoint: _Endpoint, tokens: list[int]) -> Any:
-        payload = {
-            "input_ids": tokens,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        try:
-            return await endpoint.client.post("/generate", payload, give_up=endpoint.dead)
-        except HttpError as error:
-            raise EngineError(endpoint.describe(f"could not be used ({error})")) from error
-
-    def _on_all(self, start: Callable[[_Endpoint], Coroutine[Any, Any, T]]) -> list[T]:
-        """Runs one coroutine per server, all at once."""
-
-        async def run() -> list[T]:
-            return await asyncio.gather(*(start(endpoint) for endpoint in self._endpoints))
-
-        try:
-            return self._loop.run(run())
-        except WeightSyncError as error:
-            for endpoint in self._endpoints:
-                if endpoint.dead():
-                    raise WeightSyncError(f"{error}: {endpoint.describe('')}") from error
-            raise
+    async def _held_versions(self) -> list[str]:
+        return await asyncio.gather(*(server.held_version() for server in self._servers))
 
 
-def request_seed(seed: int, key: int) -> int:
-    """A seed of its own for each request, from (run's seed, key) alone; in SGLang's range, below 2**63."""
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def start_engine(config: Config, *, dtype: torch.dtype, device: torch.device, max_context_len: int) -> SGLangEngine:
-    """Starts the servers that the flags ask for and waits until all answer.
+    """Starts the servers that the flags ask for, and the router, and waits until all answer.
 
     Raises:
-        EngineError: a server did not come up; none is left running.
+        EngineError: one did not come up, or cannot take weights as --sglang-weight-sync says; none is left running.
     """
     flags = config.rollout
-    tp_size = flags.rollout_num_gpus_per_engine
-    count = flags.rollout_num_gpus // tp_size
-    per_server = -(-flags.rollout_max_running_requests // count)
-    logs = Path(config.output.output_dir or tempfile.mkdtemp(prefix="opd-sglang-"))
-    servers: list[SGLangServer] = []
-    try:
-        for i in range(count):
-            options = ServerOptions(
-                model_path=str(config.checkpoint.hf_checkpoint),
-                device=device.type,
-                dtype=str(dtype).removeprefix("torch."),
-                context_length=max_context_len,
-                max_running_requests=per_server,
-                mem_fraction_static=flags.sglang_mem_fraction_static,
-                tp_size=tp_size,
-                base_gpu_id=_first_gpu(config, device) + i * tp_size,
-                random_seed=flags.rollout_seed + i,
-                trust_remote_code=config.output.trust_remote_code,
-            )
-            port = None if flags.sglang_port is None else flags.sglang_port + i
-            servers.append(SGLangServer(options, log_path=logs / f"sglang_rollout_{i}.log", port=port))
-        for server in servers:
-            seconds = server.wait_ready(flags.sglang_server_timeout)
-            logger.info("SGLang server %s ready after %.1f s", server.url, seconds)
-    except EngineError:
-        for server in servers:
-            server.stop()
-        raise
-    through_folder = _checkpoint_bytes(config.checkpoint.hf_checkpoint) > weight_push.free_shared_memory()
+    method = weight_sync_method(config, device)
+    started = start_servers(config, dtype=dtype, device=device, max_context_len=max_context_len)
+    by_folder = method == "disk"
     return SGLangEngine(
-        servers,
-        max_running_requests=per_server,
+        started.servers,
+        router=started.router,
+        max_running_requests=started.requests_per_server,
         max_context_len=max_context_len,
-        sync_folder=logs / "weight_sync" if through_folder else None,
-        model_folder=config.checkpoint.hf_checkpoint if through_folder else None,
+        sync_folder=started.folder / "weight_sync" if by_folder else None,
+        model_folder=config.checkpoint.hf_checkpoint if by_folder else None,
+        broadcast_from=device if method == "distributed" else None,
+        max_restarts=flags.sglang_max_restarts,
+        start_timeout_s=flags.sglang_server_timeout,
     )
-
-
-def _first_gpu(config: Config, device: torch.device) -> int:
-    """Behind the training ranks' GPUs where the machine has enough of them, else shared with them, from the first."""
-    training = config.parallel.actor_num_gpus_per_node
-    enough = device.type == "cuda" and torch.cuda.device_count() >= training + config.rollout.rollout_num_gpus
-    return training if enough else 0
-
-
-def _checkpoint_bytes(folder: str | Path) -> int:
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

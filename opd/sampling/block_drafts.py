@@ -15,10 +15,11 @@ from opd.errors import EngineError
 from opd.sampling.sparse_mixture import LikelyTokens
 from opd.serving.http import HttpError, JsonClient
 from opd.serving.top_logprobs import top_request, top_rows
-from opd.teachers.sglang_teacher import TROUBLE_SECONDS, TeacherScoreError, response_logprobs
+from opd.teachers.sglang_teacher import TeacherScoreError, response_logprobs
 
 # The log-prob of a token is sent once with the token and once among the likely ones: the same float32 number.
 SAME_NATS = 1e-4
+TROUBLE_SECONDS = 30.0  # after a request was given up on, during which the others try once
 
 
 class BlockError(RuntimeError):

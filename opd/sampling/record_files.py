@@ -120,7 +120,7 @@ class RecordFiles:
             if overwrite:
                 self._remove_all()
             self._check_manifest(settings)
-            _write_whole(paths.manifest, settings)
+            write_whole(paths.manifest, settings)
             self._recover()
             self._output = paths.output.open("ab")
             self._dropped = paths.dropped.open("ab") if paths.dropped is not None else None
@@ -215,7 +215,7 @@ class RecordFiles:
 
 
 def write_summary(paths: RecordPaths, summary: dict[str, Any]) -> None:
-    _write_whole(paths.summary, summary)
+    write_whole(paths.summary, summary)
 
 
 def _append(file: IO[bytes], record: dict[str, Any]) -> None:
@@ -227,7 +227,7 @@ def _read_back(path: Path, flag: str) -> Iterator[dict[str, Any]]:
     """The file's records, after a torn last line is cut off."""
     if not path.exists():
         return
-    _cut_torn_line(path)
+    cut_torn_line(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -241,7 +241,7 @@ def _read_back(path: Path, flag: str) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """A line without its end came from a kill in the middle of a write."""
     with path.open("r+b") as file:
         size = end = file.seek(0, os.SEEK_END)
@@ -258,7 +258,7 @@ def _cut_torn_line(path: Path) -> None:
             file.truncate(end)
 
 
-def _write_whole(path: Path, value: dict[str, Any]) -> None:
+def write_whole(path: Path, value: dict[str, Any]) -> None:
     """Under its name there is always a whole file."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

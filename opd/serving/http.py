@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import tenacity
+
+from opd.serving.http_stats import HttpStats
 
 logger = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429}) | frozenset(range(500, 600))
 BACKOFF_FIRST_SECONDS = 0.25
 BACKOFF_LONGEST_SECONDS = 10.0
+# Errors that the same request meets again: an address that is none, a certificate that is not trusted.
+_LASTING = (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError)
 KEEPALIVE_SECONDS = 4.0  # SGLang closes idle connections after 5: never reuse one that it is about to close
 
 
@@ -37,24 +42,6 @@ class HttpError(RuntimeError):
         self.status = status
 
 
-@dataclass(kw_only=True)
-class HttpStats:
-    """Counters since the last ``take``."""
-
-    requests: int = 0  # attempts sent, retries included
-    retries: int = 0
-    failures: int = 0  # requests given up
-    bytes: int = 0  # of answers
-    seconds: float = 0.0  # summed over requests in flight, so it may exceed the wall time
-
-    def take(self) -> HttpStats:
-        """Returns the counters and sets them to zero."""
-        taken = HttpStats(**{f.name: getattr(self, f.name) for f in fields(self)})
-        for f in fields(self):
-            setattr(self, f.name, f.default)
-        return taken
-
-
 @dataclass
 class JsonClient:
     """Belongs to the event loop that first uses it and closes its session when that loop cancels its tasks, as
@@ -65,6 +52,8 @@ class JsonClient:
         timeout_s: for one attempt, waiting for the answer included. Waiting for a free slot is not.
         retries: further attempts after the first.
         concurrency: requests in flight.
+        ca_file: PEM file with the certificates to trust in place of the system's. A server's certificate is always
+            verified.
     """
 
     base_url: str
@@ -72,6 +61,7 @@ class JsonClient:
     retries: int = 3
     concurrency: int = 64
     api_key: str | None = None
+    ca_file: str | None = None
     stats: HttpStats = field(default_factory=HttpStats)
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _slots: asyncio.Semaphore | None = field(default=None, repr=False)
@@ -90,6 +80,25 @@ class JsonClient:
             HttpError: see there.
         """
         return await self._request("POST", path, payload, give_up)
+
+    async def post_once(self, path: str, payload: dict[str, Any]) -> Any:
+        """``post`` without retries, for a caller that decides itself what a failure means.
+
+        Raises:
+            HttpError: see there.
+        """
+        self._open()
+        return await self._attempt("POST", path, json.dumps(payload).encode())
+
+    async def answers(self, path: str, *, timeout_s: float) -> bool:
+        """Whether a GET gets any answer that is no server error. It is not counted, and waits for no other request."""
+        self._open()
+        try:
+            limit = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._session.get(self.base_url + path, timeout=limit) as response:
+                return response.status < 500 and response.status not in RETRIED_STATUSES
+        except (aiohttp.ClientError, OSError):  # a time-out is an OSError
+            return False
 
     async def close(self) -> None:
         keeper = self._keeper
@@ -116,24 +125,33 @@ class JsonClient:
             raise
 
     async def _attempt(self, method: str, path: str, body: bytes | None) -> Any:
-        url = self.base_url + path
         async with self._slots:
             self.stats.requests += 1
             started = time.monotonic()
             try:
-                async with self._session.request(method, url, data=body) as response:
-                    raw = await response.read()
-                    status = response.status
-            except TimeoutError as error:
-                detail = f"{url} did not answer within {self.timeout_s:g} s"
-                raise HttpError("timeout", detail, retryable=True) from error
-            except aiohttp.ClientPayloadError as error:
-                raise HttpError("bad_json", f"{url} broke off its answer ({error})", retryable=True) from error
-            except (aiohttp.ClientError, OSError) as error:
-                detail = f"{url} ({type(error).__name__}: {error})"
-                raise HttpError("unreachable", detail, retryable=not isinstance(error, aiohttp.InvalidURL)) from error
+                answer = await self._send(method, self.base_url + path, body)
+            except HttpError:
+                self.stats.errors += 1
+                raise
             finally:
-                self.stats.seconds += time.monotonic() - started
+                seconds = time.monotonic() - started
+                self.stats.seconds += seconds
+            self.stats.latencies.append(seconds)
+            return answer
+
+    async def _send(self, method: str, url: str, body: bytes | None) -> Any:
+        try:
+            async with self._session.request(method, url, data=body) as response:
+                raw = await response.read()
+                status = response.status
+        except TimeoutError as error:
+            detail = f"{url} did not answer within {self.timeout_s:g} s"
+            raise HttpError("timeout", detail, retryable=True) from error
+        except aiohttp.ClientPayloadError as error:
+            raise HttpError("unreachable", f"{url} broke off its answer ({error})", retryable=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            detail = f"{url} ({type(error).__name__}: {error})"
+            raise HttpError("unreachable", detail, retryable=not isinstance(error, _LASTING)) from error
         self.stats.bytes += len(raw)
         if status != 200:
             text = raw[:300].decode("utf-8", errors="replace")
@@ -157,7 +175,11 @@ class JsonClient:
             headers["Authorization"] = f"Bearer {self.api_key}"
         self._slots = asyncio.Semaphore(self.concurrency)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.concurrency, keepalive_timeout=KEEPALIVE_SECONDS),
+            connector=aiohttp.TCPConnector(
+                limit=self.concurrency + 1,  # one for ``answers``
+                keepalive_timeout=KEEPALIVE_SECONDS,
+                ssl=True if self.ca_file is None else ssl.create_default_context(cafile=self.ca_file),
+            ),
             timeout=aiohttp.ClientTimeout(total=self.timeout_s),
             headers=headers,
         )

@@ -1,9 +1,10 @@
 """Runs the stock SGLang server, on machines without a GPU too.
 
-    python -m opd.serving.sglang_cpu [--parent-pid PID] SERVER_ARGS...
+    python -m opd.serving.sglang_cpu [--parent-pid PID] [--stock-attention] SERVER_ARGS...
 
 SGLang's own workers are spawned and import the main module again, so they get the CPU preparations as well. With CUDA
 nothing is changed. ``--parent-pid`` ends the server and its workers when that process is gone, however it went.
+``--stock-attention`` keeps SGLang's own attention on a CPU (see ``cpu_attention``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 PARENT_POLL_SECONDS = 1.0
+STOCK_ATTENTION = "--stock-attention"
 
 
 def install() -> None:
@@ -74,6 +76,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--parent-pid"]:
         _end_with_parent(int(argv[1]))
         argv = argv[2:]
+    argv = [word for word in argv if word != STOCK_ATTENTION]
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
@@ -100,7 +103,19 @@ def _end_with_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
+def _install_attention() -> None:
+    """A spawned worker has the server's arguments in ``sys.argv`` before it imports this module."""
+    import torch
+
+    if torch.cuda.is_available() or STOCK_ATTENTION in sys.argv:
+        return
+    from opd.serving import cpu_attention
+
+    cpu_attention.install()
+
+
 if __name__ in ("__main__", "__mp_main__"):
     install()
+    _install_attention()
 if __name__ == "__main__":
     main(sys.argv[1:])

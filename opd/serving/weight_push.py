@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -30,7 +30,13 @@ _ALIGNMENT = 64  # bytes; every dtype may start at a multiple of it
 NamedTensors = list[tuple[str, torch.Tensor]]
 
 
-async def push_bucket(client: JsonClient, payload: str, *, tp_size: int, version: int | None) -> None:
+def never() -> bool:
+    return False
+
+
+async def push_bucket(
+    client: JsonClient, payload: str, *, tp_size: int, version: int | None, give_up: Callable[[], bool] = never
+) -> None:
     """One bucket; the last one carries ``version`` and flushes the prefix cache, which holds the old weights' states.
 
     Raises:
@@ -39,23 +45,51 @@ async def push_bucket(client: JsonClient, payload: str, *, tp_size: int, version
     body: dict[str, Any] = {"serialized_named_tensors": [payload] * tp_size, "flush_cache": version is not None}
     if version is not None:
         body["weight_version"] = str(version)
-    await command(client, "/update_weights_from_tensor", body)
+    await command(client, "/update_weights_from_tensor", body, give_up=give_up)
 
 
-async def push_folder(client: JsonClient, folder: str | Path, *, version: int) -> None:
+async def push_folder(
+    client: JsonClient, folder: str | Path, *, version: int, give_up: Callable[[], bool] = never
+) -> None:
     """Raises:
     WeightSyncError: the server refused the folder and keeps its old weights.
     """
     body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
-    await command(client, "/update_weights_from_disk", body)
+    await command(client, "/update_weights_from_disk", body, give_up=give_up)
 
 
-async def command(client: JsonClient, path: str, body: dict[str, Any]) -> None:
+async def pause(client: JsonClient, *, give_up: Callable[[], bool] = never) -> None:
+    """No token is written until ``resume``; requests stay with the server.
+
+    "retract" puts running requests back into the server's queue, and their prefixes are computed anew afterwards: with
+    "in_place" the tokens after an update would be drawn by the new weights over the old weights' keys and values.
+
+    Raises:
+        WeightSyncError: the server refused it.
+    """
+    await command(client, "/pause_generation", {"mode": "retract"}, give_up=give_up)
+
+
+async def resume(client: JsonClient, *, give_up: Callable[[], bool] = never) -> None:
+    """Raises:
+    WeightSyncError: the server refused it.
+    """
+    await command(client, "/continue_generation", {"torch_empty_cache": False}, give_up=give_up)
+
+
+async def command(client: JsonClient, path: str, body: dict[str, Any], *, give_up: Callable[[], bool] = never) -> None:
+    """
+    Args:
+        give_up: see ``JsonClient.post``.
+
+    Raises:
+        WeightSyncError: the server refused it, or cannot be reached.
+    """
     try:
-        answer = await client.post(path, body)
+        answer = await client.post(path, body, give_up=give_up)
     except HttpError as error:
         raise WeightSyncError(f"the SGLang server refused the new weights: {error}") from error
-    if not answer.get("success", False):
+    if not answer.get("success", answer.get("status") == "ok"):
         raise WeightSyncError(f"the SGLang server refused the new weights at {path}: {answer.get('message')}")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ TEMPERATURES = (0.0, 0.8, 1.0)
 LARGEST_DIFFERENCE = 0.05
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpectedTokenizer:
+    """The tokenizer that the server must have."""
+
+    tokenizer: Any
+    shown: str  # whose it is
+    remedy: str
+
+
 async def check_teacher(
     teacher: str | SGLangTeacher,
     tokenizer: Any,
@@ -35,40 +45,77 @@ async def check_teacher(
     api_key: str | None = None,
     timeout_s: float = 60.0,
     shown: str | None = None,
+    own_tokenizer: str | None = None,
 ) -> None:
     """Compares reachability, tokenizer, vocabulary, echo of ids and temperature with what the KL needs.
 
     Args:
         teacher: address as given to ``--rm-url``, or a client.
-        tokenizer: the student's.
+        tokenizer: the student's, or with ``own_tokenizer`` the teacher's.
         student_folder: the student's Hugging Face folder, named in messages.
         shown: the flag and value that name the teacher, for messages; --rm-url and its address without it.
+        own_tokenizer: the flag and folder of the teacher's tokenizer where it is not the student's.
 
     Raises:
         TeacherError: it names the flag, the value, the rule and the remedy.
     """
+    expected = expected_tokenizer(tokenizer, student_folder, own_tokenizer)
     if isinstance(teacher, SGLangTeacher):
-        flag = shown or f"`--rm-url={teacher.http.base_url}/generate`"
-        await _check(teacher, flag, tokenizer, student_folder)
+        await _check(teacher, shown or f"`--rm-url={teacher.http.base_url}/generate`", expected)
         return
     client = SGLangTeacher(teacher, timeout_s=timeout_s, retries=2, api_key=api_key, lead_prompts=False)
     try:
-        await _check(client, shown or f"`--rm-url={teacher}`", tokenizer, student_folder)
+        await _check(client, shown or f"`--rm-url={teacher}`", expected)
     finally:
         await client.close()
 
 
-async def _check(client: SGLangTeacher, flag: str, tokenizer: Any, student_folder: str | Path | None) -> None:
-    info = await _model_info(client, flag)
-    text = probe_text(tokenizer)
-    ids = _encode(tokenizer, text)
-    await _compare_tokenizers(client, flag, info, text, ids, student_folder)
-    await _check_vocabulary(client, flag, tokenizer)
+def expected_tokenizer(
+    tokenizer: Any, student_folder: str | Path | None, own_tokenizer: str | None
+) -> ExpectedTokenizer:
+    if own_tokenizer is not None:
+        remedy = "Prompts and answers are written for the teacher in these tokens: give the folder of the served model."
+        return ExpectedTokenizer(tokenizer=tokenizer, shown=own_tokenizer, remedy=remedy)
+    remedy = (
+        "The teacher scores the student's ids, so both need the same tokenizer: serve a teacher of the student's family"
+    )
+    if student_folder is None:
+        return ExpectedTokenizer(tokenizer=tokenizer, shown="the student", remedy=f"{remedy}.")
+    remedy += ", or name the teacher's own tokenizer with --opd-teacher-tokenizer, to compare texts."
+    return ExpectedTokenizer(tokenizer=tokenizer, shown=f"the student `{student_folder}`", remedy=remedy)
+
+
+async def _check(client: SGLangTeacher, flag: str, expected: ExpectedTokenizer) -> None:
+    info = await model_info(client, flag)
+    ids = await check_tokenizer(client, flag, info, expected)
     await _check_scores(client, flag, ids[:SCORED_TOKENS])
     logger.info("teacher %s at %s passed its self-test", info.get("model_path"), client.http.base_url)
 
 
-async def _model_info(client: SGLangTeacher, flag: str) -> dict[str, Any]:
+async def check_tokenizer(
+    client: SGLangTeacher, flag: str, info: dict[str, Any], expected: ExpectedTokenizer
+) -> list[int]:
+    """The probe text's ids, which the server reads alike.
+
+    Args:
+        info: the server's, from ``model_info``.
+
+    Raises:
+        TeacherError: it reads other ids, or does not know all ids of the tokenizer.
+    """
+    text = probe_text(expected.tokenizer)
+    ids = _encode(expected.tokenizer, text)
+    await _compare_tokenizers(client, flag, info, text, ids, expected)
+    await _check_vocabulary(client, flag, expected)
+    return ids
+
+
+async def model_info(client: SGLangTeacher, flag: str) -> dict[str, Any]:
+    """What the server says of its model.
+
+    Raises:
+        TeacherError: nobody answers, or no SGLang server with a language model.
+    """
     try:
         info = await client.http.get("/model_info")
     except HttpError as error:
@@ -110,23 +157,21 @@ def ids_digest(ids: list[int]) -> str:
 
 
 async def _compare_tokenizers(
-    client: SGLangTeacher, flag: str, info: dict[str, Any], text: str, ids: list[int], student_folder: str | Path | None
+    client: SGLangTeacher, flag: str, info: dict[str, Any], text: str, ids: list[int], expected: ExpectedTokenizer
 ) -> None:
-    theirs = await _teacher_ids(client, flag, info, text)
+    theirs = await teacher_ids(client, flag, info, text)
     if theirs == ids:
         return
     at = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), min(len(ids), len(theirs)))
-    student = f" `{student_folder}`" if student_folder is not None else ""
     raise TeacherError(
-        f"{flag}: the teacher `{info.get('model_path')}` reads text as other token ids than the student{student}: "
+        f"{flag}: the teacher `{info.get('model_path')}` reads text as other token ids than {expected.shown}: "
         f"a probe text gives {len(theirs)} ids (digest {ids_digest(theirs)}) instead of {len(ids)} "
         f"({ids_digest(ids)}), the first difference at position {at}: {theirs[at : at + 1]} instead of "
-        f"{ids[at : at + 1]}. The teacher scores the student's ids, so both need the same tokenizer: serve a teacher "
-        "of the student's family."
+        f"{ids[at : at + 1]}. {expected.remedy}"
     )
 
 
-async def _teacher_ids(client: SGLangTeacher, flag: str, info: dict[str, Any], text: str) -> list[int]:
+async def teacher_ids(client: SGLangTeacher, flag: str, info: dict[str, Any], text: str) -> list[int]:
     """The probe text in the server's own tokenizer; where the server offers none, in the files it names."""
     try:
         answer = await client.http.post("/tokenize", {"prompt": text, "add_special_tokens": False})
@@ -146,13 +191,13 @@ async def _teacher_ids(client: SGLangTeacher, flag: str, info: dict[str, Any], t
     return _encode(load_tokenizer(path), text)
 
 
-async def _check_vocabulary(client: SGLangTeacher, flag: str, tokenizer: Any) -> None:
-    """The student may write any id of its tokenizer, so the teacher must know the largest.
+async def _check_vocabulary(client: SGLangTeacher, flag: str, expected: ExpectedTokenizer) -> None:
+    """Any id of the tokenizer may come, so the teacher must know the largest.
 
     The id is asked about, not sent as input: SGLang 0.5.23 checks the ids that it is asked about, and ends with a
     failed look-up on an input id that is beyond its embedding.
     """
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(expected.tokenizer.get_vocab().values())
     payload = {
         "input_ids": [0, 0],
         "sampling_params": {"temperature": 0, "max_new_tokens": 0},
@@ -166,9 +211,8 @@ async def _check_vocabulary(client: SGLangTeacher, flag: str, tokenizer: Any) ->
         if error.status != 400:
             raise TeacherError(f"{flag}: the teacher broke off while scoring a probe text ({error}).") from error
         raise TeacherError(
-            f"{flag}: the teacher refuses token id {largest}, the largest of the student's tokenizer "
-            f"({error}). Its vocabulary must be at least as large as the student's: serve a teacher of the student's "
-            "family."
+            f"{flag}: the teacher refuses token id {largest}, the largest in the tokenizer of {expected.shown} "
+            f"({error}). Its vocabulary must be at least as large. {expected.remedy}"
         ) from error
 
 

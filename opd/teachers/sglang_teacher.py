@@ -1,10 +1,12 @@
-"""HTTP client of a teacher served by SGLang: log-probs of a sample's response tokens, and of likely other ones."""
+"""HTTP client of a teacher served by SGLang: log-probs of a sample's response tokens, and of likely other ones.
+
+The teacher may have several addresses (``opd.serving.endpoint_pool``). While none of them works, samples wait.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -12,18 +14,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from opd.errors import TeacherError
-from opd.serving.http import HttpError, HttpStats, JsonClient, base_url
+from opd.serving.addresses import addresses
+from opd.serving.endpoint_pool import EndpointPool, PoolSettings, PoolStats
+from opd.serving.http import HttpError
 from opd.serving.top_logprobs import top_request
+from opd.serving.turns import Job
 from opd.teachers import top_scores
+from opd.teachers.score_batches import BatchLimits, ScoreBatcher
 from opd.teachers.top_scores import TopRequest
 from opd.types import TopLogprobs
 
 # Prompts whose first score is in flight or done. It only bounds memory: forgetting one costs one prefill.
 REMEMBERED_PROMPTS = 4096
 
-TROUBLE_SECONDS = 30.0
-
-TeacherStats = HttpStats
 T = TypeVar("T")
 
 
@@ -43,12 +46,17 @@ class TeacherScoreError(TeacherError):
 class SGLangTeacher:
     """
     Args:
-        url: the server's address, with or without ``/generate``.
+        url: the server's address, with or without ``/generate``; several of the same model with commas between them,
+            each with ``*WEIGHT`` behind it or without.
         timeout_s: for one attempt.
-        retries: further attempts on connection errors, time-outs, 5xx answers and truncated JSON.
-        concurrency: requests in flight.
+        retries: further attempts on time-outs, 500 answers and truncated JSON.
+        concurrency: requests in flight at each address.
+        deadline_s: for one sample. A server that cannot be reached, or says that it is busy, is waited for that long.
+        hedge: with several addresses, ask a second one after this many times the median latency; 0: never.
+        ca_file: PEM file with the certificates to trust in place of the system's.
         lead_prompts: let the first score of each distinct prompt finish before its siblings are sent, so that they
             find the prompt in the server's prefix cache.
+        batches: what goes as one request at most, of the samples that wait for an address at the same time.
     """
 
     def __init__(
@@ -59,15 +67,27 @@ class SGLangTeacher:
         retries: int = 3,
         concurrency: int = 64,
         api_key: str | None = None,
+        deadline_s: float = 300.0,
+        hedge: float = 3.0,
+        ca_file: str | None = None,
         lead_prompts: bool = True,
+        batches: BatchLimits | None = None,
     ) -> None:
-        self.http = JsonClient(base_url(url), timeout_s, retries, concurrency, api_key)
+        settings = PoolSettings(
+            timeout_s=timeout_s,
+            retries=retries,
+            concurrency=concurrency,
+            api_key=api_key,
+            ca_file=ca_file,
+            deadline_s=deadline_s,
+            hedge_factor=hedge,
+        )
+        self.http = EndpointPool(addresses(url), settings, through=lambda post: ScoreBatcher(post, batches).post)
         self._lead_prompts = lead_prompts
-        self._trouble_until = 0.0
-        self._led: OrderedDict[int, asyncio.Event] = OrderedDict()  # hash of a prompt's ids -> its first score is done
+        self._led: OrderedDict[int, asyncio.Future[None]] = OrderedDict()  # hash of a prompt's ids -> first score done
 
     @property
-    def stats(self) -> TeacherStats:
+    def stats(self) -> PoolStats:
         return self.http.stats
 
     async def score(self, tokens: list[int], response_length: int) -> list[float]:
@@ -78,7 +98,7 @@ class SGLangTeacher:
         """
         if response_length == 0:
             return []
-        return await self._after_leader(tokens, response_length, lambda: self._score(tokens, response_length))
+        return await self._after_leader(tokens, response_length, lambda job: self._score(tokens, response_length, job))
 
     async def score_top(
         self, tokens: list[int], response_length: int, request: TopRequest, student_ids: list[list[int]] | None = None
@@ -98,46 +118,50 @@ class SGLangTeacher:
                     "top", f"the rollout engine reported no {request.count} likeliest ids at each response token"
                 )
         return await self._after_leader(
-            tokens, response_length, lambda: self._score_top(tokens, response_length, request, student_ids)
+            tokens, response_length, lambda job: self._score_top(tokens, response_length, request, student_ids, job)
         )
 
     async def close(self) -> None:
         await self.http.close()
 
-    async def _after_leader(self, tokens: list[int], response_length: int, score: Callable[[], Awaitable[T]]) -> T:
+    async def _after_leader(self, tokens: list[int], response_length: int, score: Callable[[Job], Awaitable[T]]) -> T:
         """Scores when the first score of the same prompt is done, so that its prefix is in the server's cache."""
         prompt_length = len(tokens) - response_length
         if response_length < 1 or prompt_length < 1:
             raise TeacherScoreError(
                 "prompt", f"{len(tokens)} tokens, {response_length} of them response, leave no prompt before it"
             )
-        if not self._lead_prompts:
-            return await score()
-
         prompt = hash(tuple(tokens[:prompt_length]))
+        job = self.http.job(prefix=prompt)
+        if not self._lead_prompts:
+            return await score(job)
+
         led = self._led.get(prompt)
         if led is not None:
-            await led.wait()
-            return await score()
-        led = self._led[prompt] = asyncio.Event()
+            await self._asking(self.http.until(led, job))
+            return await score(job)
+        led = self._led[prompt] = asyncio.get_running_loop().create_future()
         if len(self._led) > REMEMBERED_PROMPTS:
             self._led.popitem(last=False)
         try:
-            return await score()
+            return await score(job)
         finally:
-            led.set()
+            led.set_result(None)
 
-    def _in_trouble(self) -> bool:
-        """Whether a request was just given up on: its siblings then try once, so that a hung server costs a time-out or
-        two and not one for each sample and retry."""
-        return time.monotonic() < self._trouble_until
-
-    async def _score(self, tokens: list[int], response_length: int) -> list[float]:
-        answer = await self.ask(tokens, start=len(tokens) - response_length - 1)
-        return response_logprobs(answer, tokens, response_length)
+    async def _score(self, tokens: list[int], response_length: int, job: Job) -> list[float]:
+        return await self._read(
+            _score_request(tokens, start=len(tokens) - response_length - 1),
+            lambda answer: response_logprobs(answer, tokens, response_length),
+            job,
+        )
 
     async def _score_top(
-        self, tokens: list[int], response_length: int, request: TopRequest, student_ids: list[list[int]] | None
+        self,
+        tokens: list[int],
+        response_length: int,
+        request: TopRequest,
+        student_ids: list[list[int]] | None,
+        job: Job,
     ) -> tuple[list[float], TopLogprobs]:
         prompt_length = len(tokens) - response_length
         step = top_scores.CHUNK if request.of_student else response_length
@@ -146,7 +170,7 @@ class SGLangTeacher:
         for first in range(0, response_length, step):
             end = min(first + step, response_length)
             chosen = np.array(student_ids[first:end]) if request.of_student else None
-            part, rows = await self._score_chunk(tokens[: prompt_length + end], end - first, request, chosen)
+            part, rows = await self._score_chunk(tokens[: prompt_length + end], end - first, request, chosen, job)
             logprobs += part
             chunks.append(rows)
         sources = [
@@ -156,54 +180,80 @@ class SGLangTeacher:
         return logprobs, top_scores.merged(sources)
 
     async def _score_chunk(
-        self, tokens: list[int], count: int, request: TopRequest, chosen_TK: np.ndarray | None
+        self, tokens: list[int], count: int, request: TopRequest, chosen_TK: np.ndarray | None, job: Job
     ) -> tuple[list[float], list[tuple[np.ndarray, np.ndarray]]]:
         """Of the last ``count`` tokens: log-probs, then (ids, log-probs) of the teacher's and the student's choice."""
         extra: dict[str, Any] = top_request("input", request.count) if request.of_teacher else {}
         union_U = None if chosen_TK is None else np.unique(chosen_TK)
         if union_U is not None:
             extra["token_ids_logprob"] = union_U.tolist()
-        answer = await self.ask(tokens, start=len(tokens) - count - 1, extra=extra)
-        logprobs = response_logprobs(answer, tokens, count)
-        rows = []
-        try:
-            if request.of_teacher:
-                rows.append(top_scores.teacher_rows(answer["meta_info"], request, positions=count))
-            if chosen_TK is not None:
-                rows.append(top_scores.chosen_rows(answer["meta_info"], union_U, chosen_TK))
-            for ids_TK, logprobs_TK in rows:
-                top_scores.check_rows(ids_TK, logprobs_TK, tokens[-count:], logprobs)
-        except ValueError as error:
-            raise TeacherScoreError("top", str(error)) from error
-        return logprobs, rows
+
+        def read(answer: Any) -> tuple[list[float], list[tuple[np.ndarray, np.ndarray]]]:
+            logprobs = response_logprobs(answer, tokens, count)
+            rows = []
+            try:
+                if request.of_teacher:
+                    rows.append(top_scores.teacher_rows(answer["meta_info"], request, positions=count))
+                if chosen_TK is not None:
+                    rows.append(top_scores.chosen_rows(answer["meta_info"], union_U, chosen_TK))
+                for ids_TK, logprobs_TK in rows:
+                    top_scores.check_rows(ids_TK, logprobs_TK, tokens[-count:], logprobs)
+            except ValueError as error:
+                raise TeacherScoreError("top", str(error)) from error
+            return logprobs, rows
+
+        return await self._read(_score_request(tokens, start=len(tokens) - count - 1, extra=extra), read, job)
 
     async def ask(
         self, tokens: list[int], *, start: int, temperature: float = 0.0, extra: dict[str, Any] | None = None
     ) -> Any:
         """The server's raw answer with input log-probs from position ``start`` on, and what ``extra`` asks for.
 
-        A start of prompt length - 1 lets the prefix cache serve the prompt: the entry at the boundary is null, hence
-        the -1.
-
         Raises:
             TeacherScoreError: see ``score``.
         """
-        payload = {
-            "input_ids": tokens,
-            "sampling_params": {"temperature": temperature, "max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": start,
-            **(extra or {}),
-        }
+        payload = _score_request(tokens, start=start, temperature=temperature, extra=extra)
+        return await self._asking(self.http.post("/generate", payload, kind=_kind(payload)))
+
+    async def _read(self, payload: dict[str, Any], read: Callable[[Any], T], job: Job) -> T:
+        """``read`` of the answer; of another address's when it cannot be used."""
+        kind = _kind(payload)
+        answer = await self._asking(self.http.ask("/generate", payload, kind=kind, job=job))
         try:
-            answer = await self.http.post("/generate", payload, give_up=self._in_trouble)
-            self._trouble_until = 0.0
-            return answer
+            return read(answer.value)
+        except TeacherScoreError:
+            if not self.http.others(answer.endpoint):
+                raise
+        second = await self._asking(self.http.ask("/generate", payload, kind=kind, job=job, avoid=answer.endpoint))
+        result = read(second.value)
+        self.http.blame(answer.endpoint)  # the sample is not at fault, as another address can score it
+        return result
+
+    async def _asking(self, request: Awaitable[T]) -> T:
+        try:
+            return await request
         except HttpError as error:
-            if error.reason in ("timeout", "unreachable"):
-                self._trouble_until = time.monotonic() + TROUBLE_SECONDS
-            detail = str(error).removeprefix(f"{error.reason}: ")
-            raise TeacherScoreError(error.reason, detail) from error
+            raise TeacherScoreError(error.reason, str(error).removeprefix(f"{error.reason}: ")) from error
+
+
+def _score_request(
+    tokens: list[int], *, start: int, temperature: float = 0.0, extra: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A start of prompt length - 1 lets the prefix cache serve the prompt: the entry at the boundary is null, hence the
+    -1."""
+    return {
+        "input_ids": tokens,
+        "sampling_params": {"temperature": temperature, "max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": start,
+        **(extra or {}),
+    }
+
+
+def _kind(payload: dict[str, Any]) -> tuple[int, bool]:
+    """Requests take about as long as each other when as many tokens, up to a factor of 2, are answered alike."""
+    more = "token_ids_logprob" in payload or "top_logprobs_num" in payload
+    return (len(payload["input_ids"]) - payload["logprob_start_len"]).bit_length(), more
 
 
 def response_logprobs(answer: Any, tokens: list[int], response_length: int) -> list[float]:

@@ -115,7 +115,7 @@ def server(starting_servers: tuple[SGLangServer, SGLangServer]) -> SGLangServer:
 
 @pytest.fixture(scope="session")
 def doomed_server(starting_servers: tuple[SGLangServer, SGLangServer]) -> SGLangServer:
-    """For the one test that kills its server."""
+    """For the tests that kill their server; restarted ones hold any weights."""
     starting_servers[1].wait_ready(START_SECONDS)
     return starting_servers[1]
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.metric_table import undocumented
+
 ROOT = Path(__file__).resolve().parents[2]
 TASK = ROOT / "examples" / "on_policy_distillation" / "tiny_task"
 
@@ -79,8 +81,13 @@ def run(flags: list[str], *, log: Path, expect: int = 0, timeout: float = 180, *
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert undocumented(found) == set(), "docs/metrics.md does not know these"
+    return found
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if not k.startswith("time_")} for row in rows]
+    """Without what the clock says."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time_") and not k.endswith("_idle_share")} for row in rows
+    ]

@@ -83,6 +83,7 @@ def test_a_teacher_that_dies_during_the_run(tmp_path, teacher_server):
     """The run stops after saving; with the teacher back, it goes on from the step it was at."""
     folder = tmp_path / "run"
     saving = {"save": folder / "checkpoints", "load": folder / "checkpoints", "num_rollout": 30}
+    saving |= {"opd_teacher_deadline": 3, "opd_teacher_wait": 1}
     server = teacher_server()
     process = start(sglang_flags(folder, server.port, **saving), log=tmp_path / "log")
     try:

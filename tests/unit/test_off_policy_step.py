@@ -12,8 +12,9 @@ from opd.config.off_policy_rules import off_policy_prompts
 from opd.config.schema import Config, DistillationFlags, OffPolicyFlags, OpdFlags, RolloutFlags
 from opd.rollout.driver import RolloutDriver, RolloutResult, keep_rewards
 from opd.rollout.mixing import NOTHING, mix, unscored
+from opd.rollout.plan import plan_rollout, write_rollout
 from opd.run_state import RunState
-from opd.step import generate, make_training_batch
+from opd.step import make_training_batch
 from opd.step_metrics import batch_metrics, rollout_metrics
 from opd.types import Sample, SampleStatus
 
@@ -121,6 +122,9 @@ class Cursor:
         self.take(n)
         return [sample(first_index + i, off_policy=True) for i in range(n)]
 
+    def state(self):
+        return {"position": self.position}
+
 
 class Progress:
     def __enter__(self):
@@ -140,6 +144,10 @@ def make_parts(config: Config, *, leader: bool = True) -> SimpleNamespace:
         reporter=SimpleNamespace(console=console),
         train_sampling=None,
     )
+
+
+def generate(parts: SimpleNamespace, step: int) -> RolloutResult | None:
+    return write_rollout(parts, plan_rollout(parts, step))
 
 
 def test_a_warm_up_step_uses_no_engine_and_a_later_one_mixes():
@@ -228,7 +236,7 @@ def test_metrics_are_of_the_students_own_answers():
 
 def test_a_warm_up_step_reports_no_number_of_answers_there_are_not():
     warm_up = mix(NOTHING, answers(4))
-    assert rollout_metrics(warm_up) == {"off_policy_share": 1.0}
+    assert rollout_metrics(warm_up) == {"samples": 4, "off_policy_share": 1.0}
     assert metrics_of(warm_up) == {"tokens": 8}
     assert metrics_of(warm_up, "gkd") == {"tokens": 8, "unscored_share": 1.0}
 

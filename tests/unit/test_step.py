@@ -52,3 +52,10 @@ def test_too_many_unscored_samples_stop_the_run():
     check_scored({"unscored_share": 0.5}, CONFIG)
     with pytest.raises(UnscoredError, match="75% of this rollout.*--opd-max-unscored-share=0.5"):
         check_scored({"unscored_share": 0.75}, CONFIG)
+
+
+def test_answers_that_the_teacher_can_hardly_read_stop_the_run():
+    config = Config(opd=OpdFlags(opd_teacher_tokenizer="folder", opd_min_token_coverage=0.8))
+    check_scored({"teacher_coverage": 0.8}, config)
+    with pytest.raises(UnscoredError, match="79% of the tokens.*--opd-min-token-coverage=0.8.*=folder"):
+        check_scored({"teacher_coverage": 0.79}, config)

@@ -7,7 +7,8 @@ import torch
 
 from opd.config.schema import Config, OpdFlags, RolloutFlags
 from opd.data.batching import make_batch
-from opd.step_metrics import batch_metrics
+from opd.step_metrics import batch_metrics, idle_shares
+from opd.training_signal import add_training_signal
 from opd.types import Sample, SampleStatus
 
 
@@ -53,3 +54,33 @@ def test_tokens_of_the_student_alone_count_alike():
     assert metrics["opd_reverse_kl"] == pytest.approx(2 / 4)
     assert metrics["logprob_mismatch_mean"] == pytest.approx(3 * math.log(2) / 4)
     assert not any(name.startswith("importance") for name in metrics)
+
+
+def test_coverage_counts_tokens_of_scored_answers_and_the_kl_is_per_token_in_a_span():
+    samples = [
+        Sample(index=i, group_index=0, prompt="p", tokens=[0] * 5, response_length=4, rollout_log_probs=[-1.0] * 4,
+               status=SampleStatus.COMPLETED, reward=0.0, teacher_log_probs=scores, teacher_spans=spans)
+        for i, (scores, spans) in enumerate([([-2.0] * 4, [0, 0, 1, -1]), (None, None), ([0.0] * 4, [-1] * 4)])
+    ]  # fmt: skip
+    config = Config(opd=OpdFlags(use_opd=True, opd_type="sglang", opd_teacher_tokenizer="folder"))
+    batch = make_batch(samples, torch.zeros(3), samples_per_step=3)
+    batch = batch.with_(student_logprobs_T=torch.full((12,), -1.0), student_entropy_T=torch.ones(12))
+    batch = add_training_signal(batch.with_(student_kl_logprobs_T=torch.full((12,), -1.0)), config=config)
+    metrics = batch_metrics(batch, OneRank(), config=config)
+    assert metrics["teacher_coverage"] == pytest.approx(3 / 8)
+    assert metrics["opd_reverse_kl"] == pytest.approx(1.0)
+    assert metrics["opd_kl_k2"] == pytest.approx((2**2 / 2 + 1 / 2) / 3)
+    assert metrics["unscored_share"] == pytest.approx(1 / 3)
+
+
+TIMES = {"time_rollout": 4.0, "time_teacher": 1.0, "time_train": 3.0, "time_sync": 0.5, "time_step": 10.0}
+
+
+def test_a_served_teacher_leaves_the_trainer_idle_and_a_coloaded_one_does_not():
+    served = idle_shares(TIMES, coloaded_teacher=False)
+    assert served == pytest.approx({"engine_idle_share": 0.55, "trainer_idle_share": 0.65})
+    assert idle_shares(TIMES, coloaded_teacher=True)["trainer_idle_share"] == pytest.approx(0.55)
+
+
+def test_a_rollout_longer_than_the_step_that_uses_it_leaves_no_negative_share():
+    assert idle_shares(TIMES | {"time_rollout": 12.0}, coloaded_teacher=False)["engine_idle_share"] == 0.0

@@ -226,3 +226,16 @@ def test_a_function_of_the_users_has_the_last_word():
 def test_a_function_that_gives_too_few_numbers_is_named():
     with pytest.raises(UserError, match="custom-advantage-function-path=.*too_short.* finite numbers, one per"):
         add_training_signal(make_batch(), config=naming("too_short"))
+
+
+def test_spans_of_tokens_pay_together_and_tokens_in_none_pay_nothing():
+    span_T = torch.tensor([0, 0, 1, 0, -1, 0, 0, 0, 1, 0])
+    batch = make_batch(teacher_span_T=span_T)
+    config = make_config(opd_kl_coef=0.5)
+    signal = add_training_signal(batch, config=config)
+    paid_T = add_training_signal(batch, config=without_opd(config)).advantages_T - signal.advantages_T
+    d = (batch.student_kl_logprobs_T - batch.teacher_logprobs_T).tolist()
+    first, last = d[0] + d[1], d[5] + d[6] + d[7]
+    expected = [first, first, d[2], d[3], 0.0, last, last, last, d[8], d[9]]
+    assert (2 * paid_T).tolist() == pytest.approx(expected, abs=1e-12)
+    assert float(signal.reverse_kl_T.sum()) == pytest.approx(sum(d) - d[4], abs=1e-12)

@@ -134,3 +134,8 @@ def test_memory_by_hand_bf16_sharded(workplace: Path, command: Callable[..., lis
     )  # two layer inputs, one whole layer
     assert items["rollout KV cache"].bytes == 5 * 512 * (2 * 2 * 2 * 32) * 2  # 5 at once, as long as the context allows
     assert "teacher weights" not in items
+
+
+def test_a_teacher_that_reads_text(workplace: Path, command: Callable[..., list[str]]) -> None:
+    text = printed(command("sglang", "--opd-teacher-tokenizer teacher --dry-run"))
+    assert "the answer's text, in the tokens of teacher" in text

@@ -81,3 +81,13 @@ def test_micro_batches_can_be_made_more_but_not_empty():
 
 def test_balanced_partition_by_hand():
     assert balanced_partition([5, 4, 3, 3, 3], 2, list("abcde")) == [["a", "d"], ["b", "c", "e"]]
+
+
+def test_spans_of_an_unscored_sample_are_none_and_a_text_teachers_prompt_is_not_the_students():
+    samples = make_samples()
+    samples[0].teacher_spans, samples[0].teacher_prompt_ids = [0, 0, 1], [900]
+    batch = make_batch(samples, torch.zeros(4), samples_per_step=4)
+    assert batch.teacher_span_T.tolist() == [0, 0, 1, -1, -1, -1]
+    assert batch.scored_mask_T.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert batch.teacher_tokens is None
+    assert batch.select([2, 0]).teacher_span_T.tolist() == [-1, -1, 0, 0, 1]

@@ -188,3 +188,36 @@ def test_messages_about_the_writing_teachers_prompt_name_its_flags(
     with caplog.at_level(logging.WARNING, "opd"):
         assert dataset(tmp_path, rows, mixture=long).skipped == 1
     assert "no room for the writing teacher's prompt (up to 6 tokens)" in caplog.text
+
+
+def own_tokenizer(chat_template: str | None = None) -> Any:
+    """The same words under other ids, and <s> in front of a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: 50 - number for word, number in IDS.items()}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 50 - IDS["<s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", chat_template=chat_template)
+
+
+def test_a_teacher_with_another_tokenizer_reads_every_prompt_in_its_own_tokens(tmp_path: Path) -> None:
+    rows = [{"input": "one plus", "label": "two"}]
+
+    def read(**changes: Any) -> list[int]:
+        (prompt,) = dataset(tmp_path, rows, **changes).all()
+        return [50 - i for i in prompt.teacher_ids]
+
+    plain = read(teacher=TeacherPrompts(tokenizer=own_tokenizer()))
+    assert plain == [IDS[word] for word in ("<s>", "one", "plus")]
+    shown = read(teacher=TeacherPrompts(tokenizer=own_tokenizer(), template="{prompt} {label}"))
+    assert shown == [IDS[word] for word in ("<s>", "one", "plus", "two")]
+    chat = own_tokenizer("{% for m in messages %}<user> {{ m.content }} {% endfor %}<assistant>")
+    in_chat = read(teacher=TeacherPrompts(tokenizer=chat), apply_chat_template=True)
+    assert in_chat == [IDS[word] for word in ("<user>", "one", "plus", "<assistant>")]
+
+
+def test_a_teachers_tokenizer_without_a_chat_template_is_named(tmp_path: Path) -> None:
+    teacher = TeacherPrompts(tokenizer=own_tokenizer())
+    message = refused(tmp_path, [{"input": "one", "label": "two"}], teacher=teacher, apply_chat_template=True)
+    assert "that of --opd-teacher-tokenizer has none" in message

@@ -82,3 +82,35 @@ def test_plain_output_has_no_control_characters() -> None:
     text = printed(learning_run(40))
     assert text.isascii()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+
+
+def served_run() -> list[dict]:
+    rows = learning_run(4)[1:]
+    for row in rows:
+        row |= {"samples": 8, "teacher_requests": 9, "teacher_retries": 0, "teacher_hedges": 0, "teacher_failures": 0}
+        row |= {"teacher_bytes": 40_000, "teacher_latency_p95": 0.05}
+    return rows
+
+
+def test_the_teachers_server_has_a_part_of_its_own() -> None:
+    rows = served_run()
+    rows[1] |= {"unscored_share": 0.25, "teacher_retries": 3, "teacher_failures": 2, "teacher_latency_p95": 1.5}
+    text = printed(rows)
+    assert cells(text, "samples scored") == ["30, and 2 left without a score"]
+    assert cells(text, "requests") == ["36: 3 retries, 2 given up"]
+    assert cells(text, "answer time, p95") == ["50 ms, at worst 1.5 s (step 2)"]
+    assert cells(text, "bytes per scored token") == [f"{160_000 / 3750:.0f}"]
+    assert "found in the cache" not in text
+
+
+def test_bytes_are_those_of_tokens_that_the_server_was_asked_for() -> None:
+    rows = served_run()
+    for row in rows:
+        row |= {"teacher_cache_hits": 6, "teacher_cache_misses": 2}
+    text = printed(rows)
+    assert cells(text, "found in the cache") == ["75%"]
+    assert cells(text, "bytes per scored token") == ["160"]
+
+
+def test_without_a_server_there_is_no_such_part() -> None:
+    assert "Teacher server" not in printed(learning_run(4))

@@ -11,7 +11,7 @@ import torch
 
 from opd.rewards.on_policy_distillation import post_process_rewards, reward_func, take_teacher_stats
 from opd.types import Sample
-from tests.unit.serving.fake_sglang import FakeSGLang, good_answer, logprob_of
+from tests.unit.serving.fake_sglang import FakeSGLang, good_answer, logprob_of, rows_of
 
 pytestmark = pytest.mark.unit
 
@@ -77,7 +77,9 @@ def test_one_client_per_loop_serves_all_samples() -> None:
             args = SimpleNamespace(rm_url=fake.url, opd_teacher_concurrency=2)
             await asyncio.gather(*(reward_func(args, _sample(n % 4)) for n in range(12)))
             stats = take_teacher_stats()
-            assert stats["requests"] == 9  # an empty response asks nothing
+            assert sum(len(rows_of(request)) for request in fake.requests) == 9  # an empty response asks nothing
+            assert stats["requests"] == len(fake.requests)
+            assert 0 < stats["latency_p50"] <= stats["latency_p99"]
             assert take_teacher_stats()["requests"] == 0
 
     asyncio.run(run())

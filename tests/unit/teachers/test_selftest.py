@@ -42,6 +42,7 @@ def _check(
     vocabulary: int = LARGEST_ID + 1,
     model_info: dict[str, Any] | int | None = None,
     tokenize: int = 200,
+    own_tokenizer: str | None = None,
 ) -> None:
     """Runs the check against a server whose tokenizer has no offset.
 
@@ -79,7 +80,9 @@ def _check(
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
             url = f"http://127.0.0.1:{runner.addresses[0][1]}/generate"
-            await check_teacher(url, tokenizer or ByteTokenizer(), student_folder="student")
+            await check_teacher(
+                url, tokenizer or ByteTokenizer(), student_folder="student", own_tokenizer=own_tokenizer
+            )
         finally:
             await runner.cleanup()
 
@@ -119,8 +122,15 @@ def test_an_embedding_model() -> None:
 
 def test_another_tokenizer() -> None:
     expected = r"the teacher `teacher` reads text as other token ids than the student `student`"
-    with pytest.raises(TeacherError, match=expected):
+    with pytest.raises(TeacherError, match=f"{expected}.*--opd-teacher-tokenizer"):
         _check(ByteTokenizer(offset=1))
+
+
+def test_a_teacher_over_text_is_compared_with_its_own_tokenizer() -> None:
+    _check(own_tokenizer="`--opd-teacher-tokenizer=folder`")
+    expected = r"other token ids than `--opd-teacher-tokenizer=folder`.*give the folder of the served model"
+    with pytest.raises(TeacherError, match=expected):
+        _check(ByteTokenizer(offset=1), own_tokenizer="`--opd-teacher-tokenizer=folder`")
 
 
 def test_a_tokenizer_that_cannot_be_compared() -> None:

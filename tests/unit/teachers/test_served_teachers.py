@@ -14,10 +14,13 @@ import pytest
 from opd.config.flags import parse_flags
 from opd.config.teachers import TeacherSpec
 from opd.rewards.on_policy_distillation import post_process_rewards, reward_func
+from opd.teachers.cross_tokenizer import CrossTokenizer
 from opd.teachers.served_teachers import ServedTeachers, mixture, tokens_for_teacher
+from opd.teachers.token_bytes import TokenBytes
 from opd.teachers.top_scores import TopRequest
 from opd.types import Sample
 from tests.unit.serving.fake_sglang import FakeSGLang, logprob_of
+from tests.unit.teachers.text_tokenizers import END, byte_level
 
 pytestmark = pytest.mark.unit
 
@@ -123,3 +126,26 @@ def test_the_flags_say_what_is_asked() -> None:
     flags = "--distillation-type gkd --distillation-top-k 4 --distillation-support union"
     routed = ServedTeachers.of_config(parse_flags([*base.split(), "route", *flags.split()]), vocab_size=9)
     assert (routed.mixes, routed.top) == (False, TopRequest(count=4, support="union", vocab_size=9))
+
+
+def test_a_teacher_over_text_reads_the_answer_in_its_tokens_and_gives_spans() -> None:
+    student, teacher = byte_level("english"), byte_level("code")
+    text = CrossTokenizer(
+        TokenBytes(student, shown="student"), TokenBytes(teacher, shown="teacher"), student_ends=[], teacher_end=None
+    )
+    answer = student.encode("print(apples)")
+    assert len(answer) != len(teacher.encode("print(apples)"))
+    one = sample(tokens=[7, *answer], response_length=len(answer), teacher_prompt_ids=[1, 2])
+    special = student.convert_tokens_to_ids(END)
+    nothing = sample(tokens=[7, special], response_length=1, teacher_prompt_ids=[1, 2])
+    fake = FakeSGLang()
+    for s, reward in zip([one, nothing], rewards((fake,), [one, nothing], text=text), strict=True):
+        s.reward = reward
+    post_process_rewards(SimpleNamespace(), [one, nothing])
+
+    (request,) = fake.requests  # nothing is asked about an answer without text
+    ids = request["input_ids"]
+    assert ids == [1, 2, *teacher.encode("print(apples)")]
+    assert float(one.teacher_log_probs.sum()) == pytest.approx(sum(logprob_of(i, ids[i]) for i in range(2, len(ids))))
+    assert one.teacher_spans == sorted(one.teacher_spans) and one.teacher_spans[0] == 0
+    assert (nothing.teacher_spans, nothing.teacher_log_probs.tolist()) == ([-1], [0.0])

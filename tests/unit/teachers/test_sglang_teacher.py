@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from opd.serving.addresses import addresses
+from opd.serving.breaker import Backoff
+from opd.serving.endpoint_pool import EndpointPool
+from opd.teachers.score_batches import BatchLimits
 from opd.teachers.sglang_teacher import SGLangTeacher, TeacherScoreError, response_logprobs
 from tests.unit.serving.fake_sglang import FakeSGLang, good_answer, logprob_of
 
@@ -17,9 +23,16 @@ RESPONSE_LENGTH = 4
 EXPECTED = [logprob_of(i, TOKENS[i]) for i in range(3, 7)]
 
 
-@pytest.fixture(autouse=True)
-def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.serving.http.BACKOFF_FIRST_SECONDS", 0.001)
+def quick(teacher: SGLangTeacher) -> SGLangTeacher:
+    """The same with short pauses."""
+    settings = replace(
+        teacher.http.settings,
+        retry_backoff=Backoff(first_s=0.001, longest_s=0.01),
+        breaker_backoff=Backoff(first_s=0.01, longest_s=0.05),
+    )
+    urls = ",".join(endpoint.client.base_url for endpoint in teacher.http.endpoints)
+    teacher.http = EndpointPool(addresses(urls), settings)
+    return teacher
 
 
 def _score(fake: FakeSGLang, **settings: Any) -> tuple[Any, Any]:
@@ -27,7 +40,7 @@ def _score(fake: FakeSGLang, **settings: Any) -> tuple[Any, Any]:
 
     async def run() -> tuple[Any, Any]:
         async with fake.running():
-            teacher = SGLangTeacher(fake.url + "/generate", **{"timeout_s": 0.2, **settings})
+            teacher = quick(SGLangTeacher(fake.url + "/generate", **{"timeout_s": 0.2, **settings}))
             try:
                 result: Any = await teacher.score(TOKENS, RESPONSE_LENGTH)
             except TeacherScoreError as error:
@@ -61,7 +74,7 @@ def test_a_passing_fault_is_retried(faults: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(503, "http_status"), ("truncated", "bad_json"), ("closed", "unreachable"), ("hang", "timeout")],
+    [(500, "http_status"), ("truncated", "bad_json"), ("hang", "timeout")],
 )
 def test_a_lasting_fault_is_given_up_with_its_reason(fault: Any, reason: str) -> None:
     fake = FakeSGLang(*[fault] * 20)
@@ -70,6 +83,20 @@ def test_a_lasting_fault_is_given_up_with_its_reason(fault: Any, reason: str) ->
     assert reason in str(error)
     assert len(fake.requests) >= 3
     assert (stats.retries, stats.failures) == (2, 1)
+
+
+@pytest.mark.parametrize(("fault", "reason"), [(503, "http_status"), ("closed", "unreachable")])
+def test_a_server_that_is_down_is_asked_until_the_deadline_however_few_the_retries(fault: Any, reason: str) -> None:
+    fake = FakeSGLang(*[fault] * 50)
+    error, stats = _score(fake, retries=0, deadline_s=0.5)
+    assert error.reason == reason
+    assert "no answer within 0.5 s in all" in str(error)
+    assert 4 <= len(fake.requests) < 50
+    assert fake.health_checks >= 2 and stats.breaker_openings >= 2
+    assert stats.failures == 1
+    scores, stats = _score(FakeSGLang(*[fault] * 9), retries=0)
+    assert scores == EXPECTED
+    assert (stats.requests, stats.failures) == (10, 0)
 
 
 def _entries(answer: dict[str, Any]) -> list[Any]:
@@ -131,10 +158,31 @@ def test_a_wrong_answer_is_not_asked_for_again(fault: Any, reason: str) -> None:
     assert len(fake.requests) == 1
 
 
+def test_a_wrong_answer_is_asked_for_once_more_at_another_address() -> None:
+    async def run(first: Any, second: Any) -> tuple[Any, list[int], list[int]]:
+        fakes = FakeSGLang(first), FakeSGLang(second)
+        async with AsyncExitStack() as stack:
+            for fake in fakes:
+                await stack.enter_async_context(fake.running())
+            teacher = SGLangTeacher(",".join(fake.url for fake in fakes))
+            try:
+                result: Any = await teacher.score(TOKENS, RESPONSE_LENGTH)
+            except TeacherScoreError as error:
+                result = error.reason
+            _, each = teacher.stats.take_each()
+            await teacher.close()
+            return result, [len(fake.requests) for fake in fakes], [stats.errors for stats in each]
+
+    assert asyncio.run(run(_nan, None)) == (EXPECTED, [1, 1], [1, 0])
+    assert asyncio.run(run(_one_too_few, None)) == (EXPECTED, [1, 1], [1, 0])
+    # Both say so: it is the sample, and no address is to blame.
+    assert asyncio.run(run(_nan, _other_ids)) == ("ids", [1, 1], [0, 0])
+
+
 def test_a_dead_port() -> None:
     async def run() -> None:
-        teacher = SGLangTeacher("http://127.0.0.1:9", retries=1)
-        with pytest.raises(TeacherScoreError, match=r"unreachable: http://127.0.0.1:9/generate") as caught:
+        teacher = SGLangTeacher("http://127.0.0.1:9", retries=1, deadline_s=0.3)
+        with pytest.raises(TeacherScoreError, match=r"unreachable: .*http://127.0.0.1:9/generate") as caught:
             await teacher.score(TOKENS, 2)
         assert caught.value.reason == "unreachable"
         await teacher.close()
@@ -175,7 +223,7 @@ def test_requests_in_flight_are_bounded() -> None:
 
     async def run() -> None:
         async with fake.running():
-            teacher = SGLangTeacher(fake.url, concurrency=3, lead_prompts=False)
+            teacher = SGLangTeacher(fake.url, concurrency=3, lead_prompts=False, batches=BatchLimits(rows=1))
             await asyncio.gather(*(teacher.score(TOKENS, 2) for _ in range(20)))
             await teacher.close()
 
@@ -190,7 +238,7 @@ def test_the_first_of_a_prompt_goes_ahead_even_when_it_fails(first_fault: int | 
 
     async def run() -> list[Any]:
         async with fake.running():
-            teacher = SGLangTeacher(fake.url)
+            teacher = SGLangTeacher(fake.url, batches=BatchLimits(rows=1))
             groups = [[prompt, prompt, answer] for prompt in (1, 2) for answer in range(10, 14)]
             results = await asyncio.gather(*(teacher.score(t, 1) for t in groups), return_exceptions=True)
             await teacher.close()
@@ -208,7 +256,7 @@ def test_the_session_closes_with_its_loop(caplog: pytest.LogCaptureFixture) -> N
         async with FakeSGLang().running() as fake:
             teacher = SGLangTeacher(fake.url)
             await teacher.score(TOKENS, 2)
-            return teacher.http._session
+            return teacher.http.endpoints[0].client._session
 
     assert asyncio.run(run()).closed
     assert "Unclosed" not in caplog.text

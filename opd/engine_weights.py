@@ -1,0 +1,78 @@
+"""The student's weights on their way to the rollout engine, and the check that they arrived.
+
+Exporting is collective: every rank calls these functions, also those that do not generate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from opd.interfaces import RolloutEngine
+
+if TYPE_CHECKING:
+    from opd.step import Parts
+
+
+def sync_weights(parts: Parts, *, version: int) -> float:
+    """Gives the student's weights to the idle rollout engine and checks that both score the probe text alike.
+
+    Returns:
+        the mean absolute difference on the probe, in nats per token.
+
+    Raises:
+        WeightSyncError: it is above ``--max-logprob-mismatch``.
+    """
+    weights = parts.trainer.export_weights()
+    if parts.rollout is None:
+        for _ in weights:  # this rank takes part and drops the result
+            pass
+        parts.trainer.score(parts.probe)
+        return 0.0
+    engine = parts.rollout.engine
+    engine.set_weights(weights, version=version)
+    return engine.verify(
+        parts.probe.tokens[0].tolist(),
+        parts.trainer.score(parts.probe).tolist(),
+        tolerance=parts.config.max_logprob_mismatch,
+    )
+
+
+def weights_for_later(parts: Parts, *, version: int) -> Callable[[], None] | None:
+    """A copy of the student's weights, in main memory, for an engine that is busy.
+
+    Returns:
+        what gives them to the engine and checks them, as ``sync_weights``; None on ranks that do not generate.
+    """
+    weights = parts.trainer.export_weights()
+    if parts.rollout is None:
+        for _ in weights:
+            pass
+        parts.trainer.score(parts.probe)
+        return None
+    copied = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in weights]
+    return partial(
+        _load,
+        parts.rollout.engine,
+        copied,
+        parts.probe.tokens[0].tolist(),
+        parts.trainer.score(parts.probe).tolist(),
+        version=version,
+        tolerance=parts.config.max_logprob_mismatch,
+    )
+
+
+def _load(
+    engine: RolloutEngine,
+    weights: list[tuple[str, torch.Tensor]],
+    tokens: list[int],
+    expected_logprobs: list[float],
+    *,
+    version: int,
+    tolerance: float,
+) -> None:
+    engine.set_weights(weights, version=version)
+    engine.verify(tokens, expected_logprobs, tolerance=tolerance)

@@ -1,0 +1,143 @@
+"""Is the server at URL fit to be a teacher? Tokenizer, repeatability, temperature, speed, prefix cache, on one screen.
+
+    python tools/check_teacher.py http://127.0.0.1:13141/generate --hf-checkpoint STUDENT
+    python tools/check_teacher.py http://host-a:13141 http://host-b:13141 --hf-checkpoint STUDENT      # replicas
+
+Several addresses, also with commas between them as --rm-url has them, are taken for replicas of one teacher and are
+compared. Give --prompt-tokens and --response-tokens of the run to come: the speeds are then those that it will see.
+Exit status 1 when a check fails, 2 when a flag is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from opd.config.flags import ConfigError, exit_with_error  # noqa: E402
+from opd.errors import UserError  # noqa: E402
+
+if TYPE_CHECKING:
+    from opd.teachers.health_rows import HealthReport
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. `{self.prog} --help` lists every flag.")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        options = _parser().parse_args(argv)
+        _check(options)
+        # After the flags are read: these imports take seconds.
+        from opd.report.console import make_rich_console
+        from opd.report.health_table import print_health
+
+        reports = asyncio.run(_reports(options))
+        if options.json is not None:
+            Path(options.json).write_text(json.dumps({"teachers": [r.to_json() for r in reports]}, indent=2) + "\n")
+    except (UserError, OSError) as error:
+        exit_with_error(error)
+    console, _ = make_rich_console(sys.stdout)
+    print_health(reports, console)
+    return 1 if any(report.failed for report in reports) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="check_teacher.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("urls", nargs="+", metavar="URL", help="address of an SGLang server, with or without /generate")
+    add("--hf-checkpoint", metavar="FOLDER", help="the student: its tokenizer is compared with the teacher's")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the student's folder")
+    add("--api-key-env", metavar="NAME", help="environment variable with the server's API key")
+    add("--ca-file", metavar="FILE", help="PEM file with the certificates to trust, for https")
+    add("--timeout", type=float, default=60.0, metavar="SECONDS", help="for one request (60)")
+    add("--prompt-tokens", type=int, metavar="N", help="length of the run's prompts (512, or what the server takes)")
+    add("--response-tokens", type=int, default=64, metavar="N", help="scored tokens of each answer (64)")
+    add("--samples", type=int, default=8, metavar="N", help="answers to each prompt (8)")
+    add("--in-flight", type=int, default=16, metavar="N", help="requests at a time, for the second speed (16)")
+    add("--json", metavar="FILE", help="write everything that was measured here, too")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("prompt_tokens", "response_tokens", "samples", "in_flight"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"`--{name.replace('_', '-')}={getattr(options, name)}` must be at least 1.")
+    if not options.timeout > 0:
+        raise ConfigError(f"`--timeout={options.timeout:g}` must be greater than 0. It is in seconds.")
+    for url in _urls(options):
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"`{url}` is no address. Give one such as http://127.0.0.1:13141/generate.")
+    if options.api_key_env is not None and not os.environ.get(options.api_key_env):
+        raise ConfigError(f"`--api-key-env={options.api_key_env}`: that environment variable is not set. Export it.")
+    for name in ("ca_file", "hf_checkpoint"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"`--{name.replace('_', '-')}={path}` does not exist.")
+
+
+def _urls(options: argparse.Namespace) -> list[str]:
+    """Each once, without ``/generate`` and without a weight."""
+    from opd.serving.addresses import addresses
+    from opd.serving.http import base_url
+
+    try:
+        return list(dict.fromkeys(base_url(address.url) for word in options.urls for address in addresses(word)))
+    except ValueError as error:
+        raise ConfigError(f"`{' '.join(options.urls)}`: {error}.") from error
+
+
+async def _reports(options: argparse.Namespace) -> list[HealthReport]:
+    """One server after the other, so that replicas on one machine do not slow each other down."""
+    from opd.teachers.health_report import check_health, compare_replicas
+    from opd.teachers.health_rows import HealthSettings
+    from opd.teachers.sglang_teacher import SGLangTeacher
+
+    tokenizer = None
+    if options.hf_checkpoint is not None:
+        from opd.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(options.hf_checkpoint, options.trust_remote_code)
+    settings = HealthSettings(
+        prompt_tokens=options.prompt_tokens or HealthSettings.prompt_tokens,
+        exact=options.prompt_tokens is not None,
+        response_tokens=options.response_tokens,
+        samples=options.samples,
+        in_flight=options.in_flight,
+        timeout_s=options.timeout,
+    )
+    reports = []
+    for url in _urls(options):
+        client = SGLangTeacher(
+            url,
+            timeout_s=options.timeout,
+            retries=0,
+            concurrency=options.in_flight,
+            api_key=os.environ.get(options.api_key_env) if options.api_key_env else None,
+            deadline_s=options.timeout,
+            ca_file=options.ca_file,
+            lead_prompts=False,
+        )
+        try:
+            report = await check_health(client, settings, tokenizer=tokenizer, student_folder=options.hf_checkpoint)
+        finally:
+            await client.close()
+        reports.append(report)
+    return compare_replicas(reports)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
