@@ -16,6 +16,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (_ROOT, os.environ.get("PY
 import pytest  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests share a worker of pytest-xdist: those of a file, and all that use the one SGLang server. Longest
     tiers first, so that no worker is left alone with a long one at the end."""
