@@ -32,7 +32,7 @@ demo: setup
 	@PATH="$(BIN):$$PATH" bash examples/on_policy_distillation/run-tiny-cpu.sh
 
 test: setup
-	@PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	@PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

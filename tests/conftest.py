@@ -16,20 +16,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (_ROOT, os.environ.get("PY
 import pytest  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests share a worker of pytest-xdist: those of a file, and all that use the one SGLang server. Longest
-    tiers first, so that no worker is left alone with a long one at the end."""
-    order = ["e2e", "contracts", "dist", "gpu", "unit"]
-
-    def tier(item: pytest.Item) -> str:
-        return item.path.relative_to(Path(__file__).parent).parts[0]
-
-    items.sort(key=lambda item: order.index(tier(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("contracts" if tier(item) == "contracts" else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[None]:
     """Megatron's process groups for this process alone, on the CPU or GPU that is there."""
