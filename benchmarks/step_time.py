@@ -3,8 +3,8 @@
     python benchmarks/step_time.py --json benchmarks/results/step_time_cpu.json
 
 takes about 8 minutes on 2 idle cores: whole runs of train.py on the laptop task (16 problems x 8 answers, in-process
-rollout, learning rate 1e-12 so that all arms write the same answers), in turns. The teacher's SGLang server has a core of
-its own, the trainer another one; `rollout on both` lets the trainer use both cores, which a rollout ahead needs. The
+rollout, a learning rate of 1e-12 so that all arms write the same answers), in turns. The teacher's SGLang server has a
+core of its own, the trainer another one; `on both` lets the trainer use both cores, which a rollout ahead needs. The
 ratio of a turn is to `no teacher` (or `no teacher on both`) of the same turn; medians over turns of the median step.
 """
 
