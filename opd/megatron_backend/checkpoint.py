@@ -14,6 +14,7 @@ No file is unpickled freely: torch loads ``common.pt``, the generator states and
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import logging
@@ -279,11 +280,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         plain = "." not in name  # a dotted name would reach through a class to what it imports
         if plain and (is_dtype or module in self._MODULES or (module, name) in self._NAMES):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"`{module}.{name}` has no place in a checkpoint index")
+
+
+def _enum_member(owner: Any, name: Any) -> enum.Enum:
+    """In place of ``getattr``, by which the first releases of Python 3.11 pickle a member of an enum."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
+        raise pickle.UnpicklingError(f"`{name}` of `{owner}` has no place in a checkpoint index")
+    return owner[name]
 
 
 def _check_metadata(path: Path) -> None:

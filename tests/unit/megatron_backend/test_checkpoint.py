@@ -185,9 +185,23 @@ def test_another_model_or_a_missing_part_is_refused(tmp_path: Path, model_folder
         checkpoint.load(tmp_path, model=training.ddp, scheduler=training.scheduler)
 
 
-class Malicious:
+class Called:
+    def __init__(self, function=os.system, *arguments):
+        self.call = function, arguments or ("true",)
+
     def __reduce__(self):
-        return os.system, ("true",)
+        return self.call
+
+
+def test_an_index_of_an_early_python_3_11_is_read(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    from opd.megatron_backend.checkpoint import _check_metadata
+
+    member = Called(getattr, _MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")  # as these pickle it
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(member))
+    _check_metadata(tmp_path)
+    assert pickle.loads(pickle.dumps(member)) is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
 
 
 def test_an_index_that_would_run_code_is_not_unpickled(tmp_path: Path, model_folder: Path) -> None:
@@ -195,8 +209,11 @@ def test_an_index_that_would_run_code_is_not_unpickled(tmp_path: Path, model_fol
 
     model = build(model_folder)
     path = checkpoint.save(tmp_path, 1, model=model)
-    (path / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    (path / ".metadata").write_bytes(pickle.dumps(Called()))
     with pytest.raises(checkpoint.CheckpointError, match=r"not to be trusted: `posix.system` has no place"):
+        checkpoint.load(tmp_path, model=model)
+    (path / ".metadata").write_bytes(pickle.dumps(Called(getattr, Path, "home")))
+    with pytest.raises(checkpoint.CheckpointError, match="`home` of `<class 'pathlib.Path'>` has no place"):
         checkpoint.load(tmp_path, model=model)
     (path / ".metadata").write_bytes(b"")
     with pytest.raises(checkpoint.CheckpointError, match="damaged"):
