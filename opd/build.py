@@ -8,6 +8,7 @@ import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -44,6 +45,9 @@ from opd.rollout.torch_engine import TorchEngine
 from opd.run_state import RunState
 from opd.step import Parts
 from opd.types import Mixture
+
+if TYPE_CHECKING:
+    from opd.teachers.cross_tokenizer import CrossTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -84,28 +88,15 @@ def build(config: Config, stack: ExitStack, stop: StopRequest) -> tuple[Parts, R
         answers.restore(state.answers)
 
     rollout = eval_rollout = reporter = journal = background = None
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
     if leader:
         from opd.report.reporter import Reporter
 
         engine, student = _engines(config, device, context)
         stack.callback(engine.close)
-        args = argparse.Namespace(**config.flat())
-        task_reward, reward, post_process = reward_functions(config, text)
         journal = _journal(config, state)
         if journal is not None:
             stack.callback(journal.close)
-            reward = JournaledReward(reward, journal)
-        rollout = RolloutDriver(
-            engine if journal is None else JournaledEngine(engine, journal),
-            reward=reward,
-            post_process=post_process,
-            args=args,
-            decode=decode,
-            take_scoring_stats=scoring_stats(config, engine),
-            score_wait=score_wait(config, reward),
-        )
-        eval_rollout = RolloutDriver(student, reward=task_reward, post_process=keep_rewards, args=args, decode=decode)
+        rollout, eval_rollout = _drivers(config, engine, student, text=text, journal=journal, tokenizer=tokenizer)
         stack.callback(rollout.close)
         stack.callback(eval_rollout.close)
         reporter = stack.enter_context(
@@ -136,6 +127,33 @@ def build(config: Config, stack: ExitStack, stop: StopRequest) -> tuple[Parts, R
         stop=stop,
     )
     return parts, state
+
+
+def _drivers(
+    config: Config,
+    engine: RolloutEngine,
+    student: RolloutEngine,
+    *,
+    text: CrossTokenizer | None,
+    journal: RolloutJournal | None,
+    tokenizer: Any,
+) -> tuple[RolloutDriver, RolloutDriver]:
+    """(of the training samples, of the evaluation's, which have the task's reward alone)."""
+    args = argparse.Namespace(**config.flat())
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    task_reward, reward, post_process = reward_functions(config, text)
+    if journal is not None:
+        reward = JournaledReward(reward, journal)
+    rollout = RolloutDriver(
+        engine if journal is None else JournaledEngine(engine, journal),
+        reward=reward,
+        post_process=post_process,
+        args=args,
+        decode=decode,
+        take_scoring_stats=scoring_stats(config, engine),
+        score_wait=score_wait(config, reward),
+    )
+    return rollout, RolloutDriver(student, reward=task_reward, post_process=keep_rewards, args=args, decode=decode)
 
 
 def _journal(config: Config, state: RunState) -> RolloutJournal | None:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from opd.sampling.data_generator import DataSummary, RunState
     from opd.sampling.data_plan import DataSettings
 
-HEARTBEAT = 30.0  # seconds between progress lines where there is no terminal
 REASONS_SHOWN = 12
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
@@ -213,35 +212,17 @@ def _open_sampler(options: argparse.Namespace) -> Any:
 
 @contextmanager
 def _progress(console: Console, live: bool) -> Iterator[Callable[[RunState], None]]:
-    """What to call after each answer: moves a bar on a terminal, writes a line now and then elsewhere."""
-    started = last_line = time.monotonic()
+    """What to call after each answer."""
+    from opd.report.counting import counting
 
-    def detail(state: RunState) -> str:
-        rate = state.tokens / max(time.monotonic() - started, 1e-9)
-        return f"{state.totals.kept} kept, {rate:,.0f} tokens/s"
+    started = time.monotonic()
+    with counting(console, live, "answers", total=None, first="loading the models") as count:
 
-    if not live:
+        def show(state: RunState) -> None:
+            rate = state.tokens / max(time.monotonic() - started, 1e-9)
+            count(state.finished, state.wanted, f"{state.totals.kept} kept, {rate:,.0f} tokens/s")
 
-        def write_line(state: RunState) -> None:
-            nonlocal last_line
-            if time.monotonic() - last_line > HEARTBEAT:
-                last_line = time.monotonic()
-                console.print(f"{state.finished}/{state.wanted} answers, {detail(state)}", highlight=False)
-
-        yield write_line
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("answers"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None, detail="loading the models")
-        yield lambda state: progress.update(task, total=state.wanted, completed=state.finished, detail=detail(state))
+        yield show
 
 
 def _print_summary(console: Console, settings: DataSettings, summary: DataSummary) -> None:

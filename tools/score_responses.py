@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from opd.teachers.response_rows import RowReader
     from opd.teachers.score_store import ScoreStore
 
-HEARTBEAT = 30.0  # seconds between progress lines where there is no terminal
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
@@ -228,39 +227,21 @@ def _vocab_size(folder: Path) -> int | None:
 
 @contextmanager
 def _progress(console: Console, live: bool, settings: OfflineSettings) -> Iterator[Callable[[Progress], None]]:
-    """What to call after each row: moves a bar on a terminal, writes a line now and then elsewhere."""
+    """What to call after each row."""
+    from opd.report.counting import counting
     from opd.teachers.response_rows import count_rows
 
     total = count_rows(settings.input)
     total = total if settings.limit is None else min(total, settings.limit)
-    started = last_line = time.monotonic()
+    started = time.monotonic()
+    with counting(console, live, "rows", total=total, first="starting") as count:
 
-    def detail(progress: Progress) -> str:
-        rate = progress.tokens / max(time.monotonic() - started, 1e-9)
-        return f"{progress.bad + progress.unscored} without a score, {rate:,.0f} tokens/s"
+        def show(progress: Progress) -> None:
+            rate = progress.tokens / max(time.monotonic() - started, 1e-9)
+            detail = f"{progress.bad + progress.unscored} without a score, {rate:,.0f} tokens/s"
+            count(progress.rows, total, detail)
 
-    if not live:
-
-        def write_line(progress: Progress) -> None:
-            nonlocal last_line
-            if time.monotonic() - last_line > HEARTBEAT:
-                last_line = time.monotonic()
-                console.print(f"{progress.rows}/{total} rows, {detail(progress)}", highlight=False)
-
-        yield write_line
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("rows"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total, detail="starting")
-        yield lambda progress: bar.update(task, completed=progress.rows, detail=detail(progress))
+        yield show
 
 
 def _print_summary(console: Console, settings: OfflineSettings, summary: OfflineSummary) -> None:

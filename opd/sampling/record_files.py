@@ -116,7 +116,7 @@ class RecordFiles:
         is_new = not paths.progress.exists()
         self._progress = paths.progress.open("ab")  # holds the lock
         try:
-            self._lock()
+            lock(self._progress, self._paths.output)
             if overwrite:
                 self._remove_all()
             self._check_manifest(settings)
@@ -155,15 +155,6 @@ class RecordFiles:
         _append(self._progress, {ID: record_id, REASON: reason})
         self.done.add(record_id)
         self.totals.dropped[reason] += 1
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"`--output={self._paths.output}` is being written by another process. Wait for it, stop it, or give "
-                "another file."
-            ) from error
 
     def _remove_all(self) -> None:
         paths = self._paths
@@ -239,6 +230,16 @@ def _read_back(path: Path, flag: str) -> Iterator[dict[str, Any]]:
                     f"`{OVERWRITE}` to make everything anew."
                 ) from error
             yield record
+
+
+def lock(file: IO[bytes], output: Path) -> None:
+    """Raises ConfigError when another process has the lock of ``file``, which goes with ``output``."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"`--output={output}` is being written by another process. Wait for it, stop it, or give another file."
+        ) from error
 
 
 def cut_torn_line(path: Path) -> None:

@@ -8,7 +8,6 @@ OUTPUT.summary.json     counts of the last run that came to its end
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from opd.config.flags import ConfigError
-from opd.sampling.record_files import OVERWRITE, RecordPaths, cut_torn_line, write_whole
+from opd.sampling.record_files import OVERWRITE, RecordPaths, cut_torn_line, lock, write_whole
 from opd.teachers.response_rows import Row, RowError
 from opd.teachers.score_keys import TeacherScore
 from opd.types import TopLogprobs
@@ -45,7 +44,7 @@ class ScoredRows:
         self.done: set[str] = set()
         self._file = output.open("ab")
         try:
-            self._lock()
+            lock(self._file, self._paths.output)
             if overwrite:
                 self._file.truncate(0)
             elif output.stat().st_size:
@@ -86,15 +85,6 @@ class ScoredRows:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_whole(self._paths.summary, summary)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"`--output={self._paths.output}` is being written by another process. Wait for it, stop it, or give "
-                "another file."
-            ) from error
 
     def _check_manifest(self, settings: dict[str, Any]) -> None:
         shown = f"`--output={self._paths.output}`"
