@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from opd.types import Sample, TokenBatch
@@ -32,7 +34,7 @@ def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, sam
     return TokenBatch(
         tokens=[torch.tensor(s.tokens) for s in chosen],
         response_lengths=lengths,
-        loss_mask_T=torch.ones(sum(lengths)),
+        loss_mask_T=torch.cat([_loss_mask(s) for s in chosen]),
         rollout_logprobs_T=torch.tensor([x for s in chosen for x in s.rollout_log_probs or ()]),
         outcome_advantages_N=outcome_advantages_N[kept].float(),
         teacher_scored_N=torch.tensor(scored),
@@ -45,6 +47,10 @@ def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, sam
         teacher_span_T=_teacher_spans(chosen),
         **_teacher_top(chosen),
     )
+
+
+def _loss_mask(sample: Sample) -> torch.Tensor:
+    return torch.ones(sample.response_length) if sample.loss_mask is None else torch.tensor(sample.loss_mask).float()
 
 
 def _teacher_tokens(samples: list[Sample]) -> list[torch.Tensor] | None:
@@ -95,13 +101,25 @@ def data_parallel_share(batch: TokenBatch, *, rank: int, size: int) -> list[int]
     return mine
 
 
-def micro_batches(lengths: list[int], *, max_tokens: int, at_least: int = 1) -> list[list[int]]:
-    """Sample indices of each micro-batch: balanced, at most ``max_tokens`` each (a longer sample stands alone).
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchLimit:
+    """How much one micro-batch may hold."""
+
+    tokens: int  # a longer sample stands alone
+    samples: int | None = None  # given: this many in the batch's order, however long they are
+
+
+def micro_batches(lengths: list[int], limit: MicroBatchLimit, *, at_least: int = 1) -> list[list[int]]:
+    """Sample indices of each micro-batch: with about equally many tokens each, or ``limit.samples`` in order.
 
     There are at least ``at_least`` of them, but never more than samples.
     """
-    count = max(at_least, -(-sum(lengths) // max_tokens))
     indices = list(range(len(lengths)))
+    if limit.samples is not None:
+        count = min(len(lengths), max(at_least, -(-len(lengths) // limit.samples)))
+        return [indices[i * len(indices) // count : (i + 1) * len(indices) // count] for i in range(count)]
+    max_tokens = limit.tokens
+    count = max(at_least, -(-sum(lengths) // max_tokens))
     while count < len(lengths):
         parts = balanced_partition(lengths, count, indices)
         if all(len(p) <= 1 or sum(lengths[i] for i in p) <= max_tokens for p in parts):

@@ -5,13 +5,13 @@ The base comes from --hf-checkpoint or --ref-load on every start, before the ada
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from opd.megatron_backend.checkpoint_index import read_common
 from opd.megatron_backend.checkpoint_layout import CheckpointError
 from opd.megatron_backend.hf_bridge import bridged_model
 from opd.megatron_backend.lora import ADAPTER_PARAMETERS, AdapterSpec, adapter_spec
@@ -59,12 +59,5 @@ def check_adapters(path: Path, model: torch.nn.Module | None) -> bool:
 
 
 def _saved_spec(path: Path) -> AdapterSpec | None:
-    file = path / "common.pt"
-    if not file.is_file():
-        return None  # no checkpoint of ours: the load says what is missing
-    try:
-        plain = torch.load(file, map_location="cpu", weights_only=True).get(_KEY)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"`{file}` is damaged or not to be trusted: {reason}") from error
+    plain = read_common(path).get(_KEY)
     return None if plain is None else AdapterSpec(**plain | {"target_modules": tuple(plain["target_modules"])})

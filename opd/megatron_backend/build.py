@@ -11,15 +11,27 @@ import torch
 from megatron.core import parallel_state as mpu
 
 from opd.config.file_rules import has_hf_weights
-from opd.config.model_rules import teacher_facts
+from opd.config.layout_rules import pipeline_parts, teacher_expert_ranks
+from opd.config.model_rules import coloaded_teachers, student_facts, teacher_facts
 from opd.config.schema import Config
-from opd.config.teachers import teachers
+from opd.config.teachers import TeacherSpec, teachers
 from opd.megatron_backend import checkpoint
 from opd.megatron_backend.critic import MegatronCritic, give_value_head
-from opd.megatron_backend.groups import ParallelSizes, init_distributed
-from opd.megatron_backend.hf_bridge import BridgedModel, build_model, load_hf_weights, output_head, read_hf_config
+from opd.megatron_backend.groups import Layout, ParallelSizes, init_distributed
+from opd.megatron_backend.hf_bridge import (
+    BridgedModel,
+    ModelParts,
+    build_model,
+    load_hf_weights,
+    output_head,
+    read_hf_config,
+)
 from opd.megatron_backend.lora import add_adapters
-from opd.megatron_backend.optimizer import TrainableModel, make_trainable
+from opd.megatron_backend.moe import ExpertSettings
+from opd.megatron_backend.optimizer import TrainableModel, fuses_gradient_accumulation, make_trainable
+from opd.megatron_backend.pipeline import micro_batch_limit
+from opd.megatron_backend.save_line import SaveLine
+from opd.megatron_backend.teacher_layout import RelaidTeacher
 from opd.megatron_backend.teacher_pass import Teacher, TeacherPass
 from opd.megatron_backend.trainer import MOVING_AVERAGE_FOLDER, MegatronTrainer
 from opd.teachers.coloaded_teacher import ColoadedTeacher, LiveTeacher, MovingAverageTeacher
@@ -33,10 +45,8 @@ def build_trainer(config: Config, device: torch.device) -> tuple[MegatronTrainer
     Raises:
         CheckpointError, UnsupportedModelError, FileNotFoundError: a folder that cannot be used.
     """
+    join_world(config, device)
     sizes = parallel_sizes(config)
-    init_distributed(
-        sizes, device=device, seed=config.optimizer.seed, timeout_minutes=config.output.distributed_timeout_minutes
-    )
     student, extra = _build_student(config, sizes)
     moving_average = None
     reference = _reference(config, sizes) if _needs_initial_weights(config) else None
@@ -52,15 +62,27 @@ def build_trainer(config: Config, device: torch.device) -> tuple[MegatronTrainer
         teachers=teacher_pass,
         reference=reference if config.needs_reference else None,
         moving_average=moving_average,
+        saves=SaveLine(background=config.checkpoint.async_save),
     )
     return trainer, extra
 
 
-def build_critic(config: Config, *, resumed_step: int | None) -> MegatronCritic:
-    """PPO's value model, after ``build_trainer``.
+def join_world(config: Config, device: torch.device) -> None:
+    """The ranks of this world find each other; for ``build_critic`` without a trainer."""
+    init_distributed(
+        parallel_sizes(config),
+        device=device,
+        seed=config.optimizer.seed,
+        timeout_minutes=config.output.distributed_timeout_minutes,
+    )
+
+
+def build_critic(config: Config, *, resumed_step: int | None, saves: SaveLine | None = None) -> MegatronCritic:
+    """PPO's value model, after ``build_trainer`` or, on ranks of its own, ``join_world``.
 
     Args:
         resumed_step: of the student; the critic resumes from its checkpoint of the same step.
+        saves: the trainer's, on the same ranks.
 
     Raises:
         CheckpointError: the student resumes and its critic's checkpoint is not there.
@@ -85,14 +107,32 @@ def build_critic(config: Config, *, resumed_step: int | None) -> MegatronCritic:
             own, model=critic.model, optimizer=critic.optimizer, scheduler=critic.scheduler, step=resumed_step
         )
         logger.info("loaded the critic from %s", loaded.path)
-    return MegatronCritic(config, critic)
+    return MegatronCritic(config, critic, saves=saves)
 
 
 def parallel_sizes(config: Config) -> ParallelSizes:
     flags = config.parallel
     return ParallelSizes(
-        tp=flags.tensor_model_parallel_size, pp=flags.pipeline_model_parallel_size, cp=flags.context_parallel_size
+        tp=flags.tensor_model_parallel_size,
+        pp=flags.pipeline_model_parallel_size,
+        cp=flags.context_parallel_size,
+        vpp=pipeline_parts(config, student_facts(config)),
+        ep=flags.expert_model_parallel_size,
+        etp=flags.expert_tensor_parallel_size,
     )
+
+
+def teacher_sizes(config: Config) -> ParallelSizes | None:
+    """Of a co-loaded teacher with a layout of its own; None: it lies as the student does."""
+    own, student = config.own_teacher_sizes, parallel_sizes(config)
+    sizes = ParallelSizes(
+        tp=own.get("opd_teacher_tensor_model_parallel_size", student.tp),
+        pp=own.get("opd_teacher_pipeline_model_parallel_size", student.pp),
+        cp=own.get("opd_teacher_context_parallel_size", student.cp),
+        ep=teacher_expert_ranks(config, *(facts for _, facts in coloaded_teachers(config))),
+        etp=1 if student.etp == 1 else None,
+    )
+    return None if not own or sizes == student else sizes
 
 
 def _build_student(config: Config, sizes: ParallelSizes) -> tuple[TrainableModel, dict[str, Any] | None]:
@@ -162,20 +202,36 @@ def _teachers(config: Config, sizes: ParallelSizes, own: Teacher | None) -> Teac
     specs = teachers(config)
     if own is not None:
         return TeacherPass(config, specs, [own])
-    by_folder: dict[Path, ColoadedTeacher] = {}
+    own_sizes = teacher_sizes(config)
+    layout = None if own_sizes is None else Layout(own_sizes, timeout_minutes=config.output.distributed_timeout_minutes)
+    by_folder: dict[Path, Teacher | RelaidTeacher] = {}
     for spec in specs:
         folder = Path(spec.location).resolve()
         if folder not in by_folder:
-            model = _build(config, sizes, teacher_facts(config, spec.location).source.parent)
-            _load_weights(model, spec.location, step=config.opd.opd_teacher_ckpt_step)
-            by_folder[folder] = ColoadedTeacher(model, output_head)
+            by_folder[folder] = _teacher(config, spec, sizes, layout)
     return TeacherPass(config, specs, [by_folder[Path(spec.location).resolve()] for spec in specs])
+
+
+def _teacher(config: Config, spec: TeacherSpec, sizes: ParallelSizes, layout: Layout | None) -> Teacher | RelaidTeacher:
+    def build() -> ColoadedTeacher:
+        folder = teacher_facts(config, spec.location).source.parent
+        model = _build(config, sizes if layout is None else layout.sizes, folder)
+        _load_weights(model, spec.location, step=config.opd.opd_teacher_ckpt_step)
+        return ColoadedTeacher(model, output_head)
+
+    if layout is None:
+        return build()
+    limit = micro_batch_limit(config.parallel, context_parallel_size=layout.sizes.cp)
+    asks_for_head = TeacherPass.asks_for_heads(config)
+    multiple = config.model.make_vocab_size_divisible_by if asks_for_head else None
+    return RelaidTeacher(layout, build, limit=limit, head_vocab_multiple=multiple)
 
 
 def _build(
     config: Config, sizes: ParallelSizes, hf_folder: str | Path, *, transformer_engine: bool = True
-) -> BridgedModel:
-    parallel = config.parallel
+) -> BridgedModel | ModelParts:
+    parallel, experts = config.parallel, config.experts
+    balanced = experts.moe_router_load_balancing_type == "aux_loss"
     return build_model(
         read_hf_config(hf_folder, trust_remote_code=config.output.trust_remote_code),
         sizes,
@@ -186,6 +242,11 @@ def _build(
         recompute_num_layers=parallel.recompute_num_layers,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         transformer_engine=transformer_engine,
+        gradient_accumulation_fusion=fuses_gradient_accumulation(parallel),
+        experts=ExpertSettings(
+            aux_loss_coeff=experts.moe_aux_loss_coeff if balanced else 0.0,
+            router_fp32=experts.moe_router_dtype == "fp32",
+        ),
     )
 
 
@@ -201,7 +262,7 @@ def _weights_before_training(config: Config) -> str:
     return flags.load if finetuned and not _has_checkpoint(flags.ref_load) else _base_weights(config)
 
 
-def _load_weights(model: BridgedModel, folder: str, step: int | None = None) -> None:
+def _load_weights(model: BridgedModel | ModelParts, folder: str, step: int | None = None) -> None:
     """Weights from a torch_dist or a Hugging Face folder."""
     if has_hf_weights(Path(folder)):
         load_hf_weights(model, folder)

@@ -21,7 +21,7 @@ from opd.errors import UserError
 Iteration = int | Literal["release"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_TEMPORARY = ".tmp_"  # being written
+TEMPORARY = ".tmp_"  # being written
 _REPLACED = ".previous_"  # moved aside while a checkpoint of the same iteration takes its place
 _HF_FOLDER = "hf"
 _HF_PATTERNS = (
@@ -122,13 +122,14 @@ class DirectoryWriter:
     def __init__(self, directory: str | Path, iteration: Iteration) -> None:
         self.directory = Path(directory)
         self.iteration = iteration
-        self.temporary = self.directory / (_TEMPORARY + folder_name(iteration))
+        self.temporary = self.directory / (TEMPORARY + folder_name(iteration))
 
     def begin(self) -> Path:
         """Removes what interrupted saves left and makes an empty temporary folder."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(_TEMPORARY + "*"):
-            _remove(leftover)
+        for name in ("iter_*", "release", TRACKER):  # and not all: an export may be under way beside it
+            for leftover in self.directory.glob(TEMPORARY + name):
+                _remove(leftover)
         for replaced in self.directory.glob(_REPLACED + "*"):
             final = self.directory / replaced.name.removeprefix(_REPLACED)
             if final.exists():
@@ -160,7 +161,7 @@ class DirectoryWriter:
 
 def write_durably(path: Path, text: str) -> None:
     """Replaces a file in one step: a reader, or a crash, sees the old text or the new."""
-    temporary = path.with_name(_TEMPORARY + path.name)
+    temporary = path.with_name(TEMPORARY + path.name)
     temporary.write_text(text)
     _sync(temporary)
     temporary.replace(path)

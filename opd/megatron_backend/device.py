@@ -14,7 +14,8 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,11 +87,26 @@ def _redirect_cuda_to_cpu() -> None:
     # The optimizers sort parameters by this string and refuse any that is not a CUDA type.
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # type: ignore[assignment]
 
-    # The tracker reaches past the functions above into CUDA generators, so its two accessors are replaced too.
-    from megatron.core.tensor_parallel import random as megatron_random
+    with _uncompiled():
+        from megatron.core import jit
+        from megatron.core.tensor_parallel import random as megatron_random
+    jit.disable_jit_fuser()  # for the modules that are imported later
 
+    # The tracker reaches past the functions above into CUDA generators, so its two accessors are replaced too.
     megatron_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """megatron-core hands its fused functions to ``torch.compile`` when it is imported. Here they stay as they are:
+    importing the compiler takes a sixth of a start, and compiling for a CPU longer than tiny models run."""
+    real = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = real
 
 
 def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,13 +1,6 @@
-"""Hugging Face <-> Megatron: build a GPTModel from a Hugging Face config, load and export weights by its names.
+"""Hugging Face <-> Megatron: build a model from a Hugging Face config, load and export weights by its names.
 
-mbridge holds the name mappings and the QKV / gate-up layouts. ``_Adapted`` changes what differs here, in subclasses of
-its bridges (its own classes stay as they are):
-
-- layer names of our spec: separate norms, where Transformer Engine fuses them into the linear layer that follows;
-- tied embeddings: mbridge writes the alias of the output layer into a dict shared by all Qwen bridges, so that a tied
-  model would break an untied one built later in the same process; here each bridge has its own copy;
-- RoPE: transformers 5 keeps ``rope_theta`` in ``rope_parameters``, and Llama 3.1 scaling takes its frequencies from
-  transformers itself.
+What its parameters are called in the Hugging Face model is the bridge's to know (``bridges``).
 """
 
 from __future__ import annotations
@@ -20,95 +13,34 @@ from typing import Any
 
 import torch
 from mbridge.core import LLMBridge
-from mbridge.core.util import unwrap_model
-from mbridge.models import LLaMABridge, Qwen2Bridge, Qwen3Bridge
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors import safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from opd.errors import UserError
 from opd.maths.head import OutputHead
+from opd.megatron_backend.bridges import (
+    UnsupportedModelError,
+    bridge_for,
+    check_supported,
+    read_hf_config,
+    rope_parameters,
+)
 from opd.megatron_backend.groups import ParallelSizes
-from opd.megatron_backend.layers import layer_spec
+from opd.megatron_backend.layers import has_transformer_engine, layer_spec
 from opd.megatron_backend.lora import merged_view
+from opd.megatron_backend.model_parts import BridgedModel, ModelParts, bridged_model, model_parts
+from opd.megatron_backend.moe import ExpertSettings, expert_config, grouped_names, has_experts
+from opd.megatron_backend.moe_on_cpu import dispatch_without_cuda
+
+__all__ = [
+    "BridgedModel", "ModelParts", "UnsupportedModelError", "bridged_model", "build_model", "check_supported",
+    "clear_padded_rows", "export_hf_weights", "hf_weights_dtype", "load_hf_weights", "model_parts", "output_head",
+    "read_hf_config",
+]  # fmt: skip
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class UnsupportedModelError(UserError):
-    """A Hugging Face model that this backend cannot represent. The message names what and why."""
-
-
-class BridgedModel(GPTModel):
-    """A GPTModel that knows its bridge: what its parameters are called in the Hugging Face model.
-
-    Attributes:
-        applies_head: False: the last pipeline stage returns hidden states [positions, 1, hidden], this rank's under
-            sequence parallelism, and the output layer is applied outside (``output_head``), where it is needed.
-    """
-
-    bridge: LLMBridge
-    applies_head = True
-
-    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.post_process and not self.applies_head:
-            return hidden_states
-        return super()._postprocess(hidden_states, *args, **kwargs)
-
-
-def read_hf_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Raises:
-    FileNotFoundError: no ``config.json`` in ``path``.
-    UnsupportedModelError: an architecture or option that has no Megatron counterpart here.
-    """
-    if not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"`{path}` is no Hugging Face model folder: it has no config.json")
-    hf_config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    check_supported(hf_config)
-    return hf_config
-
-
-def check_supported(hf_config: PretrainedConfig) -> None:
-    """Raises UnsupportedModelError when a Megatron model of this config would compute something else."""
-    kind = hf_config.model_type
-    if kind not in _BRIDGES:
-        raise UnsupportedModelError(
-            f"model type `{kind}` is not supported; supported: {', '.join(sorted(_BRIDGES))} "
-            "(Qwen2, Qwen2.5, Qwen3 and Llama families)"
-        )
-    rules: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("hidden_act", "silu", ("silu",)),
-        ("use_sliding_window", False, (False, None)),
-        ("mlp_bias", False, (False, None)),
-        ("attention_dropout", 0.0, (0, 0.0, None)),
-        ("partial_rotary_factor", 1.0, (1, 1.0, None)),
-    ]
-    if kind != "qwen2":  # Qwen2 has biases in QKV only; this option would add one to the output projection too
-        rules.append(("attention_bias", False, (False, None)))
-    for field, default, allowed in rules:
-        value = getattr(hf_config, field, default)
-        if value not in allowed:
-            raise UnsupportedModelError(f"`{field}={value}` in the {kind} config is not supported (only {default})")
-    rope = rope_parameters(hf_config)
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise UnsupportedModelError(
-            f"RoPE type `{rope['rope_type']}` in the {kind} config is not supported (only default and llama3)"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(
-            f"`partial_rotary_factor={rope['partial_rotary_factor']}` is not supported (only 1.0)"
-        )
-
-
-def rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """RoPE settings wherever this version of transformers keeps them: at least ``rope_theta`` and ``rope_type``."""
-    found = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
-    found.setdefault("rope_theta", getattr(hf_config, "rope_theta", None) or 10000.0)
-    found.setdefault("rope_type", found.get("type", "default"))
-    return found
 
 
 def build_model(
@@ -124,7 +56,9 @@ def build_model(
     make_vocab_size_divisible_by: int = 1,
     random_init: bool = False,
     transformer_engine: bool = True,
-) -> BridgedModel:
+    gradient_accumulation_fusion: bool = False,
+    experts: ExpertSettings | None = None,
+) -> BridgedModel | ModelParts:
     """This rank's pipeline stage on this rank's device, parameters in ``dtype``, wrapped in nothing.
 
     Needs ``groups.init_distributed``. The vocabulary is padded to a multiple of
@@ -136,14 +70,13 @@ def build_model(
         random_init: draw initial weights. Without it they are undefined until loaded, which saves minutes at 8B.
             Padded rows are zero in any case.
         transformer_engine: use its layers where it is installed on a GPU.
+        gradient_accumulation_fusion: add gradients to their buffer within the kernel that makes them.
+        experts: of a model that has some.
 
     Raises:
         UnsupportedModelError: see ``check_supported``.
     """
-    check_supported(hf_config)
-    bridge = _BRIDGES[hf_config.model_type](
-        hf_config, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by * sizes.tp
-    )
+    bridge = bridge_for(hf_config, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by * sizes.tp)
     on_gpu = torch.cuda.is_available()
     bridge.set_extra_args(
         params_dtype=dtype,
@@ -163,9 +96,14 @@ def build_model(
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
         apply_rope_fusion=False,
     )
+    if has_experts(hf_config):
+        engine = transformer_engine and has_transformer_engine()
+        bridge.set_extra_args(**expert_config(hf_config, experts or ExpertSettings(), transformer_engine=engine))
+        if not on_gpu:
+            dispatch_without_cuda()
     if not random_init:
         # Not perform_initialization=False: that would also leave out the marks that say how a weight is sharded, which
         # the gradient norm and the export go by.
@@ -173,24 +111,31 @@ def build_model(
     bridge.vocab_size = hf_config.vocab_size
     multiple = bridge.make_vocab_size_divisible_by
     bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / multiple) * multiple
-    model = _pipeline_stage(bridge, hf_config, transformer_engine=transformer_engine)
+    numbers = range(sizes.vpp) if sizes.vpp > 1 else [None]
+    parts = [_part(bridge, hf_config, number, transformer_engine=transformer_engine) for number in numbers]
+    model = parts[0] if len(parts) == 1 else ModelParts(parts)
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    model.bridge = bridge
     clear_padded_rows(model)
     return model.to(torch.cuda.current_device()) if on_gpu else model
 
 
-def _pipeline_stage(bridge: LLMBridge, hf_config: PretrainedConfig, *, transformer_engine: bool) -> BridgedModel:
-    """This rank's layers, with the model's own RoPE frequencies and its padded vocabulary masked."""
+def _part(
+    bridge: LLMBridge, hf_config: PretrainedConfig, number: int | None, *, transformer_engine: bool
+) -> BridgedModel:
+    """This rank's layers, with the model's own RoPE frequencies and its padded vocabulary masked.
+
+    ``number``: which part of an interleaved pipeline's stage; None: the stage is one part.
+    """
     rope = rope_parameters(hf_config)
     model = BridgedModel(
         config=bridge.config,
-        transformer_layer_spec=layer_spec(bridge.config, transformer_engine=transformer_engine),
+        transformer_layer_spec=layer_spec(bridge.config, transformer_engine=transformer_engine, part=number),
         vocab_size=bridge.padded_vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=number is None, vp_stage=number),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=number is None, vp_stage=number),
+        vp_stage=number,
         share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
         position_embedding_type="rope",
         rotary_base=rope["rope_theta"],
@@ -202,6 +147,7 @@ def _pipeline_stage(bridge: LLMBridge, hf_config: PretrainedConfig, *, transform
         model.rotary_pos_emb.inv_freq = inv_freq
     if model.post_process and bridge.padded_vocab_size > bridge.vocab_size:
         model.output_layer.register_forward_hook(_LowestLogits(bridge.vocab_size, bridge.padded_vocab_size))
+    model.bridge = bridge
     return model
 
 
@@ -209,11 +155,11 @@ def _pipeline_stage(bridge: LLMBridge, hf_config: PretrainedConfig, *, transform
 def clear_padded_rows(model: torch.nn.Module) -> None:
     """Zeroes the rows of embedding and output layer that belong to no token. Their logits are masked, but a nan in them
     would still reach the gradient as 0 * nan."""
-    bridged = bridged_model(model)
-    for name, weight in bridged.named_parameters():
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            first_row = mpu.get_tensor_model_parallel_rank() * weight.size(0)
-            weight[max(0, bridged.bridge.vocab_size - first_row) :] = 0
+    for part in model_parts(model):
+        for name, weight in part.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                first_row = mpu.get_tensor_model_parallel_rank() * weight.size(0)
+                weight[max(0, part.bridge.vocab_size - first_row) :] = 0
 
 
 def load_hf_weights(model: torch.nn.Module, path: str | Path) -> None:
@@ -225,9 +171,9 @@ def load_hf_weights(model: torch.nn.Module, path: str | Path) -> None:
     """
     if not any(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"`{path}` holds no *.safetensors weights")
-    bridged = bridged_model(model)
+    parts = model_parts(model)
     try:
-        bridged.bridge.load_weights([bridged], str(path))
+        parts[0].bridge.load_weights([grouped_names(part) for part in parts], str(path))
     except (KeyError, ValueError) as error:  # mbridge's for a name that is in no file
         raise UnsupportedModelError(f"the weights in `{path}` are not those of its config.json: {error}") from error
 
@@ -257,9 +203,9 @@ def hf_weights_dtype(path: str | Path) -> torch.dtype:
 def export_hf_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, whole tensor) for every weight, on every rank: gathered over tensor-parallel ranks, broadcast
     over pipeline stages. All ranks must run the iterator to its end. A tied output layer is not exported."""
-    bridged = bridged_model(model)
+    parts = model_parts(model)
     seen: set[str] = set()
-    for name, tensor in bridged.bridge.export_weights([merged_view(bridged)]):
+    for name, tensor in parts[0].bridge.export_weights([grouped_names(merged_view(part)) for part in parts]):
         if name not in seen:  # with pipeline stages, the last one holds a copy of the tied embedding
             seen.add(name)
             yield name, tensor.detach()
@@ -267,7 +213,7 @@ def export_hf_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tenso
 
 def output_head(model: torch.nn.Module) -> OutputHead:
     """The output layer of a model whose last pipeline stage this rank holds."""
-    bridged = bridged_model(model)
+    bridged = model_parts(model)[-1]
     shared = bridged.share_embeddings_and_output_weights
     group = mpu.get_tensor_model_parallel_group()
     return OutputHead(
@@ -275,14 +221,6 @@ def output_head(model: torch.nn.Module) -> OutputHead:
         vocab_size=bridged.bridge.vocab_size,
         group=group if group.size() > 1 else None,
     )
-
-
-def bridged_model(model: torch.nn.Module) -> BridgedModel:
-    """The model inside DDP and Float16Module."""
-    inner = unwrap_model(model)
-    if not isinstance(inner, BridgedModel):
-        raise TypeError(f"{type(inner).__name__} was not made by build_model")
-    return inner
 
 
 def _no_init(weight: torch.Tensor) -> torch.Tensor:
@@ -302,38 +240,3 @@ class _LowestLogits:
         is_padding = torch.arange(first, first + columns, device=logits.device) >= self.vocab_size
         # Not -inf: probability 0 times -inf would turn an entropy into nan.
         return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min), bias
-
-
-class _Adapted:
-    """What differs from mbridge; mixed in before one of its bridges."""
-
-    _OUR_NORMS = {
-        ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
-        ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
-    }
-
-    def _adjust_mapping_for_shared_weights(self) -> None:
-        self._DIRECT_MAPPING = dict(type(self)._DIRECT_MAPPING)  # type: ignore[attr-defined]
-        if self.hf_config.tie_word_embeddings:  # type: ignore[attr-defined]
-            self._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight"
-
-    def _weight_name_mapping_mcore_to_hf(self, mcore_weights_name: str) -> list[str]:
-        for ours, fused in self._OUR_NORMS.items():
-            if mcore_weights_name.endswith(ours):
-                mcore_weights_name = mcore_weights_name.removesuffix(ours) + fused
-        return super()._weight_name_mapping_mcore_to_hf(mcore_weights_name)  # type: ignore[misc]
-
-    def _get_actual_hf_path(self, weight_path: str) -> str:
-        return weight_path  # a local folder always: nothing is looked up or downloaded
-
-
-class _Qwen2(_Adapted, Qwen2Bridge): ...
-
-
-class _Qwen3(_Adapted, Qwen3Bridge): ...
-
-
-class _Llama(_Adapted, LLaMABridge): ...
-
-
-_BRIDGES: dict[str, type[LLMBridge]] = {"qwen2": _Qwen2, "qwen3": _Qwen3, "llama": _Llama}

@@ -26,8 +26,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from opd.megatron_backend.moe import Router
 
 # Sequences of a pack share one attention call when the shortest is at least this share of the longest: padding then
 # costs at most 1/0.7**2 = 2 times the arithmetic of the shortest, and saves a call per sequence. 128 sequences of 50 to
@@ -36,19 +40,44 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 _SHORTEST_TO_LONGEST = 0.7
 
 
-def layer_spec(config: TransformerConfig, *, transformer_engine: bool = True) -> TransformerBlockSubmodules:
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed and there is a GPU for it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def layer_spec(
+    config: TransformerConfig, *, transformer_engine: bool = True, part: int | None = None
+) -> TransformerBlockSubmodules:
     """This pipeline stage's layers: Transformer Engine's where it is wanted and installed on a GPU, else the modules
-    below. (Low-rank adapters go around megatron-core's own linear layers.)"""
-    if transformer_engine and torch.cuda.is_available() and importlib.util.find_spec("transformer_engine"):
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    below. (Low-rank adapters go around megatron-core's own linear layers.)
+
+    Args:
+        part: of an interleaved pipeline, which of the stage's parts of the model.
+    """
+    if transformer_engine and has_transformer_engine():
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=part)
+        for layer in spec.layer_specs:
+            _route_with_ours(layer)
+        return spec
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    _route_with_ours(layer)
+    if config.num_moe_experts is not None:
+        # Checkpoints name this norm as Transformer Engine's layers do, which fuse it with a dense MLP only.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SdpaAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config, pp_rank=mpu.get_pipeline_model_parallel_rank())
+    num_layers = get_num_layers_to_build(config, vp_stage=part, pp_rank=mpu.get_pipeline_model_parallel_rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _route_with_ours(layer: ModuleSpec) -> None:
+    if isinstance(layer.submodules.mlp.submodules, MoESubmodules):
+        layer.submodules.mlp.submodules.router = Router
 
 
 class RMSNorm(torch.nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,29 +13,45 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from opd.config.schema import Config
+from opd.config.schema import Config, ParallelFlags
+from opd.megatron_backend.hf_bridge import BridgedModel, ModelParts, model_parts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableModel:
-    model: DistributedDataParallel
+    """
+    Attributes:
+        model: what runs, is saved and exported: the wrapped model, or the parts of an interleaved pipeline.
+        wrapped: the model in Megatron's DDP, or each of its parts.
+    """
+
+    model: torch.nn.Module
+    wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    def zero_grad(self) -> None:
+        for part in self.wrapped:
+            part.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
-def make_trainable(model: torch.nn.Module, config: Config, *, total_optimizer_steps: int) -> TrainableModel:
+    def gather_parameters(self) -> None:
+        """Completes what ``--overlap-param-gather`` leaves to the next forward pass: whoever reads the weights comes
+        after this."""
+        for part in self.wrapped:
+            if part.ddp_config.overlap_param_gather:
+                part.start_param_sync(force_sync=True)
+
+
+def make_trainable(model: BridgedModel | ModelParts, config: Config, *, total_optimizer_steps: int) -> TrainableModel:
     """Wraps ``model`` (parameters in the training type) and gives it an optimizer with fp32 master weights."""
     flags = config.optimizer
-    distributed = config.parallel.use_distributed_optimizer
     mcore_config = model.config
-    if config.model.bf16:
-        model = Float16Module(mcore_config, model)
-    ddp = DistributedDataParallel(
-        mcore_config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
-        model,
-    )
-    ddp.broadcast_params()
+    wrapped = [_in_ddp(part, config, first=number == 0) for number, part in enumerate(model_parts(model))]
+    for ddp in wrapped:
+        ddp.broadcast_params()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=flags.optimizer,
@@ -45,9 +64,10 @@ def make_trainable(model: torch.nn.Module, config: Config, *, total_optimizer_st
             clip_grad=flags.clip_grad,
             bf16=config.model.bf16,
             params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
-            use_distributed_optimizer=distributed,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
         ),
-        [ddp],
+        wrapped,
     )
     decay_steps = flags.lr_decay_iters or total_optimizer_steps
     scheduler = OptimizerParamScheduler(
@@ -68,7 +88,51 @@ def make_trainable(model: torch.nn.Module, config: Config, *, total_optimizer_st
     # The loss carries its global denominator already, so gradients are only summed.
     mcore_config.finalize_model_grads_func = _sum_gradients
     mcore_config.grad_scale_func = optimizer.scale_loss
-    return TrainableModel(model=ddp, optimizer=optimizer, scheduler=scheduler)
+    if config.parallel.overlap_grad_reduce:
+        # Gradients of a step's earlier micro-batches are only added up; the last one's trigger the reduction.
+        no_sync = [ddp.no_sync for ddp in wrapped]
+        mcore_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    if isinstance(model, ModelParts):
+        model.running = tuple(wrapped)
+    return TrainableModel(
+        model=model if isinstance(model, ModelParts) else wrapped[0],
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=scheduler,
+    )
+
+
+def fuses_gradient_accumulation(flags: ParallelFlags) -> bool:
+    """Whether --gradient-accumulation-fusion takes effect: its kernel is apex's or Transformer Engine's."""
+    return flags.gradient_accumulation_fusion and _has_fusion_kernel()
+
+
+@functools.cache  # one warning for all models
+def _has_fusion_kernel() -> bool:
+    kernels = ("transformer_engine", "fused_weight_gradient_mlp_cuda")
+    if torch.cuda.is_available() and any(importlib.util.find_spec(name) for name in kernels):
+        return True
+    logger.warning(
+        "--gradient-accumulation-fusion is left out: it needs a GPU with Transformer Engine or apex. Gradients are the "
+        "same without it"
+    )
+    return False
+
+
+def _in_ddp(part: BridgedModel, config: Config, *, first: bool) -> DistributedDataParallel:
+    parallel = config.parallel
+    return DistributedDataParallel(
+        part.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
+        Float16Module(part.config, part) if config.model.bf16 else part,
+        # Later parts of an interleaved pipeline are needed later: one bucket is enough for them.
+        disable_bucketing=not first,
+    )
 
 
 def _sum_gradients(models: list[torch.nn.Module], num_tokens: object = None, **kwargs: object) -> None:

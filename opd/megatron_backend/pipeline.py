@@ -15,9 +15,10 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from opd.data.batching import micro_batches
+from opd.config.schema import ParallelFlags
+from opd.data.batching import MicroBatchLimit, micro_batches
 from opd.maths.head import OutputHead, token_scores
-from opd.megatron_backend.hf_bridge import bridged_model, output_head
+from opd.megatron_backend.hf_bridge import ModelParts, model_parts, output_head
 from opd.megatron_backend.packing import PackedMicroBatch, pack
 from opd.types import TokenBatch
 
@@ -64,28 +65,40 @@ class MicroBatch:
 LossFn = Callable[[MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def split(batch: TokenBatch, *, max_tokens: int) -> list[list[int]]:
+def split(batch: TokenBatch, limit: MicroBatchLimit) -> list[list[int]]:
     """Sample indices of this rank's micro-batches; every data-parallel rank gets the same number of them.
 
-    Pipeline stages and collectives need equal counts. A rank with too few samples repeats its first one; a repetition
-    has no weight in any loss (see ``run``).
+    Pipeline stages and collectives need equal counts, and an interleaved pipeline a multiple of its stages. A rank with
+    too few samples repeats its first one; a repetition has no weight in any loss (see ``run``).
     """
-    plan = micro_batches(batch.lengths, max_tokens=max_tokens)
-    count = torch.tensor(len(plan))
+    multiple = 1
+    if mpu.get_virtual_pipeline_model_parallel_world_size() is not None:
+        multiple = mpu.get_pipeline_model_parallel_world_size()
+    agreed = multiple
+    while True:
+        plan = micro_batches(batch.lengths, limit, at_least=agreed)
+        wanted = _largest_of_data_parallel_ranks(len(plan))
+        if wanted <= agreed:
+            return plan + [[0]] * (agreed - len(plan))
+        agreed = -(-wanted // multiple) * multiple
+
+
+def _largest_of_data_parallel_ranks(number: int) -> int:
     group = mpu.get_data_parallel_group()
-    if group.size() > 1:
-        count = count.to(current_device())
-        dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
-    if int(count) > len(plan):
-        plan = micro_batches(batch.lengths, max_tokens=max_tokens, at_least=int(count))
-        plan += [[0]] * (int(count) - len(plan))
-    return plan
+    if group.size() == 1:
+        return number
+    largest = torch.tensor(number, device=current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return int(largest)
 
 
 def run(
     model: torch.nn.Module, batch: TokenBatch, plan: list[list[int]], loss_fn: LossFn, *, forward_only: bool
 ) -> list[dict[str, torch.Tensor]]:
     """One pass over the micro-batches of ``plan``. Gradients end up in the model's buffers, reduced over all ranks.
+
+    Args:
+        model: one GPTModel, bare or wrapped, or the ``ModelParts`` of an interleaved pipeline.
 
     Returns:
         what ``loss_fn`` returned for each micro-batch, on the last pipeline stage; an empty list elsewhere.
@@ -97,7 +110,8 @@ def run(
         seen.update(indices)
         micro = batch.select(indices)
         items.append((micro.without_weight() if repeated else micro, _pack(micro)))
-    inner = bridged_model(model)
+    running = list(model.running) if isinstance(model, ModelParts) else [model]
+    inner = model_parts(model)[-1]
 
     def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         micro, packed = next(iterator)
@@ -114,8 +128,8 @@ def run(
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(items),
-                model=[model],
+                data_iterator=[iter(items) for _ in running] if len(running) > 1 else iter(items),
+                model=running,
                 num_microbatches=len(items),
                 seq_length=max(item[1].input_ids_1P.shape[1] for item in items),
                 micro_batch_size=1,
@@ -144,7 +158,7 @@ def response_scores(
     model: torch.nn.Module,
     batch: TokenBatch,
     *,
-    max_tokens: int,
+    limit: MicroBatchLimit,
     chunk: int,
     temperatures: list[float],
     keep_hidden: bool = False,
@@ -152,7 +166,7 @@ def response_scores(
     """Log-probs at each temperature and entropies of all response tokens of ``batch``, without gradients.
 
     Args:
-        max_tokens: of a micro-batch.
+        limit: of a micro-batch.
         chunk: response tokens whose logits exist at the same time.
     """
 
@@ -166,7 +180,7 @@ def response_scores(
             outputs["hidden"] = whole_tokens(micro, hidden_RH.t().to(head.weight_VH.dtype)).cpu()
         return hidden_RH.new_zeros(()), outputs
 
-    plan = split(batch, max_tokens=max_tokens)
+    plan = split(batch, limit)
     results = run(model, batch, plan, score, forward_only=True)
     scores = gather_tokens(batch, plan, [r["scores"] for r in results], rows=len(temperatures) + 1)
     *logprobs, entropy_T = scores
@@ -227,6 +241,11 @@ def _pack(micro: TokenBatch) -> PackedMicroBatch:
         total_multiple=mpu.get_tensor_model_parallel_world_size(),
         device=current_device(),
     )
+
+
+def micro_batch_limit(flags: ParallelFlags, *, context_parallel_size: int) -> MicroBatchLimit:
+    """Of a micro-batch on all its context-parallel ranks together."""
+    return MicroBatchLimit(tokens=flags.max_tokens_per_gpu * context_parallel_size, samples=flags.micro_batch_size)
 
 
 def current_device() -> torch.device:

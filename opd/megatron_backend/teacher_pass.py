@@ -7,7 +7,7 @@ output heads are applied to a chunk of tokens when the loss needs it: ``T x voca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -16,11 +16,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from opd.config.schema import Config
-from opd.config.teachers import TeacherSpec
+from opd.config.teachers import TeacherSpec, teachers
 from opd.maths.entropy import log_softmax, token_entropy
 from opd.maths.head import OutputHead
 from opd.maths.logprobs import token_logprobs
-from opd.megatron_backend.pipeline import MicroBatch, current_device, from_last_stage, response_scores
+from opd.megatron_backend.pipeline import (
+    MicroBatch,
+    ResponseScores,
+    current_device,
+    from_last_stage,
+    micro_batch_limit,
+    response_scores,
+)
+from opd.megatron_backend.teacher_layout import RelaidTeacher
 from opd.types import TokenBatch
 
 
@@ -38,17 +46,24 @@ class TeacherPass:
         teachers: one for each of ``specs``; names that share a checkpoint share the object.
     """
 
-    def __init__(self, config: Config, specs: list[TeacherSpec], teachers: list[Teacher]) -> None:
+    def __init__(self, config: Config, specs: list[TeacherSpec], teachers: Sequence[Teacher | RelaidTeacher]) -> None:
         self._specs, self._teachers = specs, teachers
         self._mixing = len(specs) > 1 and config.opd.opd_teacher_combine != "route"
         self._mixes_probs = config.opd.opd_teacher_combine == "probs"
-        self._keeps_hidden = self._mixing or config.distillation.distillation_type is not None
+        self._keeps_hidden = self.asks_for_heads(config)
         self._temperature = config.kl_temperature
-        self._max_tokens = config.parallel.max_tokens_per_gpu * config.parallel.context_parallel_size
+        self._limit = micro_batch_limit(config.parallel, context_parallel_size=config.parallel.context_parallel_size)
         self._chunk = config.parallel.logits_chunk_tokens
         # teacher -> position of a sample in the rollout -> [its response tokens, hidden]
         self._hidden: list[dict[int, torch.Tensor]] = [{} for _ in specs]
         self._heads: list[OutputHead] | None = None  # on the device from their first use to the end of the update
+
+    @staticmethod
+    def asks_for_heads(config: Config) -> bool:
+        """Whether the teachers' output heads are applied after the scoring pass: to mix them, or for a distribution
+        loss."""
+        mixing = len(teachers(config)) > 1 and config.opd.opd_teacher_combine != "route"
+        return mixing or config.distillation.distillation_type is not None
 
     def score(self, batch: TokenBatch) -> TokenBatch:
         """Fills ``teacher_logprobs_T``, ``teacher_entropy_T``, ``teacher_scored_N``, and ``mixed_logprobs_TK`` where
@@ -63,15 +78,7 @@ class TeacherPass:
                 continue
             # A data-parallel rank without samples of this teacher goes along with one that it drops.
             part = batch.select(mine or [0])
-            with teacher.on_device() as model:
-                scores = response_scores(
-                    model,
-                    part.as_teacher_reads(),
-                    max_tokens=self._max_tokens,
-                    chunk=self._chunk,
-                    temperatures=[self._temperature],
-                    keep_hidden=self._keeps_hidden,
-                )
+            scores = self._scores_of(teacher, part.as_teacher_reads())
             if not mine:
                 continue
             offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
@@ -99,6 +106,13 @@ class TeacherPass:
         """Drops hidden states and heads; the update that used them is done."""
         self._hidden = [{} for _ in self._specs]
         self._heads = None
+
+    def _scores_of(self, teacher: Teacher | RelaidTeacher, batch: TokenBatch) -> ResponseScores:
+        options = {"chunk": self._chunk, "temperatures": [self._temperature], "keep_hidden": self._keeps_hidden}
+        if isinstance(teacher, RelaidTeacher):
+            return teacher.response_scores(batch, **options)
+        with teacher.on_device() as model:
+            return response_scores(model, batch, limit=self._limit, **options)
 
     def _logits(
         self, batch: TokenBatch, place_R: torch.Tensor, temperature: float

@@ -10,15 +10,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from opd.config.file_rules import critic_folder
 from opd.config.schema import Config
 from opd.data.batching import data_parallel_share
 from opd.megatron_backend import checkpoint, groups
+from opd.megatron_backend.checkpoint_retention import Retention, prune
 from opd.megatron_backend.hf_bridge import bridged_model, export_hf_weights
+from opd.megatron_backend.hf_export import export_hf
 from opd.megatron_backend.lora import merged_view
 from opd.megatron_backend.losses import loss_terms
 from opd.megatron_backend.optimizer import TrainableModel
 from opd.megatron_backend.peft_export import save_peft_adapter
-from opd.megatron_backend.pipeline import ResponseScores, response_scores
+from opd.megatron_backend.pipeline import ResponseScores, micro_batch_limit, response_scores
+from opd.megatron_backend.save_line import SaveLine
 from opd.megatron_backend.teacher_pass import TeacherPass
 from opd.megatron_backend.update import mean_of, on_any_rank, optimizer_steps, sum_over_ranks
 from opd.teachers.coloaded_teacher import ColoadedTeacher, MovingAverageTeacher
@@ -39,14 +43,21 @@ class MegatronTrainer:
         teachers: TeacherPass | None = None,
         reference: ColoadedTeacher | None = None,
         moving_average: MovingAverageTeacher | None = None,
+        saves: SaveLine | None = None,
     ) -> None:
-        """``moving_average``: the teacher among ``teachers`` that follows the student."""
+        """
+        Args:
+            moving_average: the teacher among ``teachers`` that follows the student.
+            saves: where checkpoints are written; without it at once. A critic on the same ranks shares it.
+        """
         self._config = config
         self._student = student
         self._teachers = teachers
         self._reference = reference
         self._moving_average = moving_average
-        self._max_tokens = config.parallel.max_tokens_per_gpu * config.parallel.context_parallel_size
+        self.saves = saves or SaveLine()
+        self._saving: int | None = None  # the step of a save that nobody has heard of yet
+        self._limit = micro_batch_limit(config.parallel, context_parallel_size=config.parallel.context_parallel_size)
         self._terms = loss_terms(config, teachers)
 
     def load(self, batch: TokenBatch | None) -> TokenBatch:
@@ -94,9 +105,9 @@ class MegatronTrainer:
             self._terms,
             batch,
             number=self._config.optimizer_steps_per_rollout,
-            max_tokens=self._max_tokens,
+            limit=self._limit,
             per_token=self._config.algorithm.calculate_per_token_loss,
-            after_each=self._follow,
+            after_each=None if self._moving_average is None else self._follow,
         )
         if self._teachers is not None:
             self._teachers.forget()
@@ -118,15 +129,21 @@ class MegatronTrainer:
         return self._response_scores(self._student.model, batch, [1.0]).logprobs[0]
 
     def save(self, iteration: int, *, extra: dict[str, Any]) -> None:
-        """Writes one checkpoint under ``--save``.
+        """Writes one checkpoint under ``--save``, or with ``--async-save`` takes a copy that is written while training
+        goes on; ``finished_save`` says when it is there. An export and a PEFT adapter are written at once.
 
         Raises:
             CheckpointError: it could not be written; the checkpoints before stay valid.
         """
-        folder = Path(self._config.checkpoint.save)
+        folder, flags, leader = Path(self._config.checkpoint.save), self._config.checkpoint, dist.get_rank() == 0
+        copy = self.saves.background
+        checkpoint.together((lambda: checkpoint.write_hf_files(flags.hf_checkpoint, folder)) if leader else None)
         if self._moving_average is not None:  # first: a student's checkpoint must find its teacher's
-            checkpoint.save(folder / MOVING_AVERAGE_FOLDER, iteration, model=self._moving_average.model)
-        checkpoint.save(
+            average = checkpoint.take(
+                folder / MOVING_AVERAGE_FOLDER, iteration, model=self._moving_average.model, copy=copy
+            )
+            self.saves.add(average.write)
+        snapshot = checkpoint.take(
             folder,
             iteration,
             model=self._student.model,
@@ -134,27 +151,57 @@ class MegatronTrainer:
             scheduler=self._student.scheduler,
             with_rng=True,
             extra=extra,
+            copy=copy,
         )
+        self.saves.add(snapshot.write)
+        self._saving = iteration
+        self.saves.add(lambda group: self._prune(folder) if leader else None)
         if self._config.lora.lora_rank is not None:
             self._save_peft(folder / PEFT_FOLDER)
-        if dist.get_rank() == 0:
-            checkpoint.write_hf_files(self._config.checkpoint.hf_checkpoint, folder)
+        if flags.save_hf is not None:
+            export_hf(
+                self.export_weights(),
+                Path(flags.save_hf.format(rollout_id=iteration)),
+                origin=Path(flags.hf_checkpoint),
+                max_file_bytes=int(flags.save_hf_shard_gb * 1e9),
+            )
+
+    def finished_save(self, *, wait: bool) -> int | None:
+        """See ``Trainer.finished_save``."""
+        if self._saving is None or (self.saves.background and not wait and self.on_any_rank(self.saves.writing)):
+            return None
+        iteration, self._saving = self._saving, None
+        self.saves.settle()
+        return iteration
+
+    def _prune(self, folder: Path) -> None:
+        flags = self._config.checkpoint
+        retention = Retention(newest=flags.save_retain, interval=flags.save_retain_interval)
+        critics = critic_folder(self._config)
+        prune(folder, retention, companions=[folder / MOVING_AVERAGE_FOLDER, *([critics] if critics else [])])
 
     def _save_peft(self, folder: Path) -> None:
         base = self._config.checkpoint.ref_load or self._config.checkpoint.hf_checkpoint
+        failure: OSError | None = None
         try:
             save_peft_adapter(self._student.model, folder, base_model_name_or_path=base)
         except OSError as error:  # on rank 0, which writes; the checkpoint itself is in place
-            raise checkpoint.CheckpointError(f"could not write the PEFT adapter to `{folder}`: {error}") from error
+            failure = error
+        reasons: list[str | None] = [None if failure is None else str(failure)]
+        dist.broadcast_object_list(reasons, src=0)
+        if reasons[0] is not None:
+            raise checkpoint.CheckpointError(
+                f"could not write the PEFT adapter to `{folder}`: {reasons[0]}"
+            ) from failure
 
     def close(self) -> None:
-        """Leaves the process groups."""
+        """Waits for a checkpoint that is being written, and leaves the process groups."""
+        self.saves.close()
         groups.shutdown()
 
     def _response_scores(self, model: torch.nn.Module, batch: TokenBatch, temperatures: list[float]) -> ResponseScores:
         chunk = self._config.parallel.logits_chunk_tokens
-        return response_scores(model, batch, max_tokens=self._max_tokens, chunk=chunk, temperatures=temperatures)
+        return response_scores(model, batch, limit=self._limit, chunk=chunk, temperatures=temperatures)
 
     def _follow(self) -> None:
-        if self._moving_average is not None:
-            self._moving_average.follow(merged_view(bridged_model(self._student.model)))
+        self._moving_average.follow(merged_view(bridged_model(self._student.model)))

@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from opd.data.batching import MicroBatchLimit
 from opd.errors import UpdateError
 from opd.maths.masking import token_weights
 from opd.megatron_backend.losses import LossTerm, Sums, weighted_sum
+from opd.megatron_backend.moe import share_out_balancing
 from opd.megatron_backend.optimizer import TrainableModel
 from opd.megatron_backend.pipeline import current_device, from_last_stage, run, split
 from opd.types import TokenBatch
@@ -22,9 +24,9 @@ def optimizer_steps(
     batch: TokenBatch,
     *,
     number: int,
-    max_tokens: int,
+    limit: MicroBatchLimit,
     per_token: bool,
-    after_each: Callable[[], None] = lambda: None,
+    after_each: Callable[[], None] | None = None,
 ) -> list[dict[str, float]]:
     """One step for each ``optimizer_step_N``, in order, and ``after_each`` after it; the metrics of each.
 
@@ -35,8 +37,11 @@ def optimizer_steps(
     metrics = []
     for number_of_step in range(number):
         share = batch.select([i for i, step in enumerate(steps_N) if step == number_of_step])
-        metrics.append(_optimizer_step(trainable, terms, share, max_tokens=max_tokens, per_token=per_token))
-        after_each()
+        metrics.append(_optimizer_step(trainable, terms, share, limit=limit, per_token=per_token))
+        if after_each is not None:
+            trainable.gather_parameters()
+            after_each()
+    trainable.gather_parameters()
     return metrics
 
 
@@ -66,12 +71,12 @@ def on_any_rank(yes: bool) -> bool:
 
 
 def _optimizer_step(
-    trainable: TrainableModel, terms: list[LossTerm], batch: TokenBatch, *, max_tokens: int, per_token: bool
+    trainable: TrainableModel, terms: list[LossTerm], batch: TokenBatch, *, limit: MicroBatchLimit, per_token: bool
 ) -> dict[str, float]:
     batch, tokens = _weigh(batch, terms, per_token=per_token)
-    trainable.model.zero_grad_buffer()
-    trainable.optimizer.zero_grad()
-    plan = split(batch, max_tokens=max_tokens)
+    trainable.zero_grad()
+    plan = split(batch, limit)
+    share_out_balancing(trainable.model, 1 / (len(plan) * mpu.get_data_parallel_world_size()))
     outputs = run(trainable.model, batch, plan, weighted_sum(terms), forward_only=False)
     learning_rate = trainable.optimizer.param_groups[0]["lr"]
     successful, grad_norm, _ = trainable.optimizer.step()

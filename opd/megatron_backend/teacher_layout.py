@@ -1,0 +1,219 @@
+"""A co-loaded teacher in a parallel layout of its own, on the student's ranks.
+
+Its groups take the place of the student's while it is built and while it scores (``groups.Layout``). What goes in and
+out crosses between the two divisions of the ranks: the samples of all data-parallel shares of the student are shared
+out again over the teacher's, and scores come back the same way.
+
+For a distribution loss the student's last pipeline stage applies the teacher's output head itself, on its own slice of
+the vocabulary: it gets the teacher's hidden states of its samples after every scoring pass, and its slice of the head
+once, when the teacher is built (a teacher with a layout of its own is frozen).
+
+Shape legend: T response tokens, H the teacher's hidden size, V rows of the head on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from opd.data.batching import MicroBatchLimit, balanced_partition
+from opd.maths.head import OutputHead
+from opd.megatron_backend.groups import Layout
+from opd.megatron_backend.hf_bridge import model_parts, output_head
+from opd.megatron_backend.pipeline import ResponseScores, current_device, response_scores
+from opd.teachers.coloaded_teacher import ColoadedTeacher
+from opd.types import TokenBatch
+
+_ROWS_AT_A_TIME = 8192  # of hidden states or of the head, in one broadcast
+
+
+class RelaidTeacher:
+    """A frozen teacher whose layout is not the student's. ``response_scores`` is called by all ranks together."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        build: Callable[[], ColoadedTeacher],
+        *,
+        limit: MicroBatchLimit,
+        head_vocab_multiple: int | None,
+    ) -> None:
+        """
+        Args:
+            build: makes the teacher and loads its weights; it runs in ``layout``.
+            limit: of its micro-batches.
+            head_vocab_multiple: a loss will ask for ``head``: the student's vocabulary is padded to a multiple of this
+                on each tensor-parallel rank. None: no loss will.
+        """
+        self._layout, self._limit = layout, limit
+        with layout.in_use():
+            self._teacher = build()
+            self._sources = _sources()
+        self._head = None if head_vocab_multiple is None else self._student_head(head_vocab_multiple)
+
+    def head(self) -> OutputHead:
+        """The student's slice of the teacher's output layer, on the device, for as long as the caller keeps it.
+
+        Raises:
+            ValueError: on another pipeline stage than the student's last, or when no head was asked for at the start.
+        """
+        if self._head is None or not mpu.is_pipeline_last_stage():
+            raise ValueError("this rank keeps no slice of the teacher's output layer")
+        return replace(self._head, weight_VH=self._head.weight_VH.to(current_device()))
+
+    def response_scores(
+        self, batch: TokenBatch, *, chunk: int, temperatures: list[float], keep_hidden: bool
+    ) -> ResponseScores:
+        """As ``pipeline.response_scores``, of the student's share ``batch`` of this rank."""
+        whole, mine = _all_samples(batch)
+        with self._layout.in_use():
+            shares = balanced_partition(
+                [len(tokens) for tokens, _ in whole],
+                mpu.get_data_parallel_world_size(),
+                list(range(len(whole))),
+            )
+            share = sorted(shares[mpu.get_data_parallel_rank()])
+            # A rank without a sample goes along with one that it drops.
+            part = _reading_batch([whole[i] for i in share or [0]])
+            with self._teacher.on_device() as model:
+                scores = response_scores(
+                    model, part, limit=self._limit, chunk=chunk, temperatures=temperatures, keep_hidden=keep_hidden
+                )
+            values = _from_all_shares(share, torch.stack([*scores.logprobs, scores.entropy_T]), part)
+        *logprobs, entropy_T = torch.cat([values[i] for i in mine], dim=1)
+        hidden_TH = self._hidden_of(mine, shares, whole, scores.hidden_TH) if keep_hidden else None
+        return ResponseScores(logprobs=logprobs, entropy_T=entropy_T, hidden_TH=hidden_TH)
+
+    def _hidden_of(
+        self,
+        mine: list[int],
+        shares: list[list[int]],
+        whole: list[tuple[torch.Tensor, int]],
+        scored_TH: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """[T, H] of this rank's samples, on the student's last stage; every share is sent to all ranks in turn."""
+        model = model_parts(self._teacher.model)[-1]
+        width, dtype = model.config.hidden_size, model.config.params_dtype
+        wanted = set(mine) if mpu.is_pipeline_last_stage() else set()
+        found: dict[int, torch.Tensor] = {}
+        for number, share in enumerate(shares):
+            order = sorted(share)
+            lengths = [whole[i][1] for i in order]
+            if not order:
+                continue
+            source = self._sources[number]
+            rows_TH = scored_TH if dist.get_rank() == source else None
+            pieces = _broadcast_rows(rows_TH, sum(lengths), width, dtype, source, keep=bool(wanted & set(order)))
+            if pieces is not None:
+                found |= {i: rows for i, rows in zip(order, pieces.split(lengths), strict=True) if i in wanted}
+        return torch.cat([found[i] for i in mine]) if wanted else None
+
+    def _student_head(self, multiple: int) -> OutputHead | None:
+        """This rank's rows of the teacher's head, in host memory; None before the student's last stage."""
+        with self._layout.in_use(), self._teacher.on_device() as model:
+            part = model_parts(model)[-1]
+            vocab_size, width, dtype = part.bridge.vocab_size, part.config.hidden_size, part.config.params_dtype
+            slices, rows = mpu.get_tensor_model_parallel_world_size(), part.bridge.padded_vocab_size
+            rows //= slices
+            weight_VH = output_head(model).weight_VH.detach() if mpu.is_pipeline_last_stage() else None
+            sources = _ranks_of_slices()
+        group = mpu.get_tensor_model_parallel_group()
+        own_rows = -(-vocab_size // (multiple * group.size())) * multiple
+        first = group.rank() * own_rows
+        keep = mpu.is_pipeline_last_stage()
+        own_VH = torch.zeros(own_rows, width, dtype=dtype) if keep else None
+        for number, source in enumerate(sources):
+            begin = number * rows  # in the whole vocabulary
+            slice_VH = weight_VH if dist.get_rank() == source else None
+            got_VH = _broadcast_rows(slice_VH, rows, width, dtype, source, keep=keep)
+            low, high = max(first, begin), min(first + own_rows, begin + rows, vocab_size)
+            if got_VH is not None and low < high:
+                own_VH[low - first : high - first] = got_VH[low - begin : high - begin]
+        if own_VH is None:
+            return None
+        return OutputHead(weight_VH=own_VH, vocab_size=vocab_size, group=group if group.size() > 1 else None)
+
+
+def _all_samples(batch: TokenBatch) -> tuple[list[tuple[torch.Tensor, int]], list[int]]:
+    """(ids that the teacher reads, response length) of the samples of all data-parallel shares, and which of them are
+    this rank's."""
+    group = mpu.get_data_parallel_group()
+    own = list(zip(batch.tokens, batch.response_lengths, strict=True))
+    boxes: list[Any] = [None] * group.size()
+    dist.all_gather_object(boxes, own, group=group)
+    before = sum(len(box) for box in boxes[: group.rank()])
+    return [sample for box in boxes for sample in box], list(range(before, before + len(own)))
+
+
+def _reading_batch(samples: list[tuple[torch.Tensor, int]]) -> TokenBatch:
+    """What a scoring pass reads: ids and response lengths; the rest is 0."""
+    lengths = [length for _, length in samples]
+    zeros_T, zeros_N = torch.zeros(sum(lengths)), torch.zeros(len(samples), dtype=torch.long)
+    return TokenBatch(
+        tokens=[tokens for tokens, _ in samples],
+        response_lengths=lengths,
+        loss_mask_T=zeros_T,
+        rollout_logprobs_T=zeros_T,
+        outcome_advantages_N=zeros_N.float(),
+        teacher_logprobs_T=zeros_T,
+        teacher_scored_N=zeros_N.bool(),
+        sample_N=zeros_N,
+        optimizer_step_N=zeros_N,
+        teacher_N=zeros_N,
+        off_policy_N=zeros_N.bool(),
+    )
+
+
+def _from_all_shares(share: list[int], values_KT: torch.Tensor, part: TokenBatch) -> dict[int, torch.Tensor]:
+    """[K, its tokens] of every sample, from the data-parallel ranks in use."""
+    own = dict(zip(share, values_KT.split(part.response_lengths, dim=1), strict=True)) if share else {}
+    boxes: list[Any] = [None] * mpu.get_data_parallel_world_size()
+    dist.all_gather_object(boxes, own, group=mpu.get_data_parallel_group())
+    return {sample: values for box in boxes for sample, values in box.items()}
+
+
+def _sources() -> list[int]:
+    """For each data-parallel share of the layout in use, a rank that ends up with its hidden states."""
+    share = mpu.get_data_parallel_rank() if _speaks_for_its_share() else None
+    return _ranks_by_number(share)
+
+
+def _ranks_of_slices() -> list[int]:
+    """For each slice of the vocabulary in the layout in use, a rank that holds it."""
+    alone = mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    return _ranks_by_number(mpu.get_tensor_model_parallel_rank() if mpu.is_pipeline_last_stage() and alone else None)
+
+
+def _speaks_for_its_share() -> bool:
+    first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
+    return first and mpu.is_pipeline_last_stage()
+
+
+def _ranks_by_number(number: int | None) -> list[int]:
+    numbers: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    ranks = {number: rank for rank, number in enumerate(numbers) if number is not None}
+    return [ranks[number] for number in sorted(ranks)]
+
+
+def _broadcast_rows(
+    rows_TH: torch.Tensor | None, count: int, width: int, dtype: torch.dtype, source: int, *, keep: bool
+) -> torch.Tensor | None:
+    """[count, width] of ``source``, in host memory, on the ranks that keep it; in pieces, so that the device holds few
+    of them at a time. All ranks of the world take part."""
+    kept = torch.empty(count, width, dtype=dtype) if keep else None
+    for begin in range(0, count, _ROWS_AT_A_TIME):
+        end = min(begin + _ROWS_AT_A_TIME, count)
+        if rows_TH is not None:
+            piece = rows_TH[begin:end].to(current_device(), dtype).contiguous()
+        else:
+            piece = torch.empty(end - begin, width, dtype=dtype, device=current_device())
+        dist.broadcast(piece, src=source)
+        if kept is not None:
+            kept[begin:end] = piece.cpu()
+    return kept
