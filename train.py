@@ -1,11 +1,12 @@
-"""Trains a student under a teacher: parse the flags, build the parts, run the steps."""
+"""Trains a student under a teacher: parse the flags, then run the steps in this process or have Ray place the ranks."""
 
 from __future__ import annotations
 
+import os
 import sys
-from contextlib import ExitStack
 
 from opd.config import Config, ConfigError, exit_with_error, parse_config, warnings
+from opd.config.launch_rules import ray_address, uses_ray
 from opd.errors import UserError
 from opd.preemption import Preempted, StopRequest
 
@@ -42,15 +43,20 @@ def show_plan(config: Config) -> int:
 
 
 def train(config: Config) -> int:
+    if uses_ray(config, os.environ):
+        from opd.cluster.ray_settings import is_loopback, set_up_ray
+
+        address = ray_address(config, os.environ)
+        set_up_ray(loopback=address is None or is_loopback(address))
+        from opd.cluster.ray_driver import run_over_ray
+
+        run_over_ray(config, address)
+        return 0
+    from opd.cluster.local import run_rank
+
     stop = StopRequest(alone=config.parallel.world_size == 1)
     stop.listen()
-    with ExitStack() as stack:
-        with stop.interruptible():
-            from opd.build import build
-            from opd.step import run
-
-            parts, state = build(config, stack, stop)
-        run(parts, state)
+    run_rank(config, stop)
     return 0
 
 

@@ -14,7 +14,7 @@ from opd.errors import WeightSyncError
 from opd.rollout.engine_server import EngineServer, Receivers
 from opd.rollout.weight_sync import NamedTensors
 from opd.serving import weight_push
-from opd.serving.process import free_port
+from opd.serving.process import free_port, own_address
 from opd.serving.update_group import UpdateGroup, backend_of, flat_bucket
 from opd.serving.weight_copy import WeightCopy
 
@@ -77,8 +77,8 @@ class BroadcastSync:
         if server.dead():  # nobody would join
             receivers.drop(server)
             return
-        host = urlsplit(server.url).hostname
-        place = {"host": host, "port": free_port(), "name": f"opd_weights_{self._made}"}
+        host = own_address(towards=urlsplit(server.url).hostname)
+        place = {"host": host, "port": free_port(host), "name": f"opd_weights_{self._made}"}
         self._made += 1
         world_size = 1 + server.server.options.tp_size
         body = {

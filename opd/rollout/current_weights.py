@@ -12,7 +12,7 @@ from opd.background_loop import BackgroundLoop
 from opd.errors import EngineError, TeacherError, WeightSyncError
 from opd.rollout.engine_server import EngineServer, Receivers
 from opd.rollout.weight_sync import NamedTensors, WeightSync
-from opd.serving import weight_push
+from opd.serving import memory_occupation, weight_push
 from opd.serving.http import HttpError
 from opd.teachers.sglang_teacher import response_logprobs
 
@@ -79,10 +79,28 @@ class CurrentWeights:
         try:
             self.probe = None
             receivers = Receivers(self._loop, [server for server in servers if server.ready])
-            self._paused(receivers, lambda: self._sync.push(receivers, named_tensors, version))
+            self._paused(receivers, lambda: self._push(receivers, named_tensors, version))
             self.version = version
             for server in receivers.live:
                 server.version = version
+        finally:
+            self._loop.run(self._end_turn())
+
+    def release_memory(self, servers: Sequence[EngineServer]) -> None:
+        """The servers, which must be idle, give their GPU memory away and stay paused until the next ``update``.
+
+        Not for the event loop's thread.
+
+        Raises:
+            EngineError, WeightSyncError: a server that lives refused.
+        """
+        self._loop.run(self._turn.acquire())
+        try:
+            receivers = Receivers(self._loop, [server for server in servers if server.ready])
+            receivers.each(lambda server: weight_push.pause(server.client, give_up=server.dead))
+            receivers.each(lambda server: memory_occupation.release(server.client, give_up=server.dead))
+            for server in receivers.live:
+                server.released = True
         finally:
             self._loop.run(self._end_turn())
 
@@ -109,6 +127,13 @@ class CurrentWeights:
 
     def close(self) -> None:
         self._sync.close()
+
+    def _push(self, receivers: Receivers, named_tensors: NamedTensors, version: int) -> None:
+        receivers.each(lambda server: server.take_back(memory_occupation.WEIGHTS))
+        self._sync.push(receivers, named_tensors, version)
+        receivers.each(lambda server: server.take_back(memory_occupation.BESIDE_WEIGHTS))
+        for server in receivers.live:
+            server.released = False
 
     def _paused(self, receivers: Receivers, push: Callable[[], None]) -> None:
         receivers.each(lambda server: weight_push.pause(server.client, give_up=server.dead))

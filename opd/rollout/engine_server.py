@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opd.background_loop import BackgroundLoop
 from opd.errors import EngineError, WeightSyncError
+from opd.rollout.answer_batches import AnswerBatcher
+from opd.serving import memory_occupation
 from opd.serving.http import HttpError, JsonClient
 from opd.serving.server import SGLangServer
 
@@ -27,7 +30,10 @@ class EngineServer:
         ready: requests may be sent; False from its death until a restarted one holds the current weights.
         version: the weights it was given last; None: those it started with.
         restarts: in this run.
-        in_flight: requests of ours.
+        in_flight: requests of ours, where this process chooses their server.
+        busy_seconds: with at least one of them in flight, since they were last taken.
+        released: its GPU memory is given away, and its weights with it.
+        answers: asks for them, those together that start together.
     """
 
     url: str
@@ -37,6 +43,27 @@ class EngineServer:
     version: int | None = None
     restarts: int = 0
     in_flight: int = 0
+    busy_seconds: float = 0.0
+    released: bool = False
+    answers: AnswerBatcher = field(init=False)
+    _busy_since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.answers = AnswerBatcher(self.client)
+
+    def begin_request(self) -> None:
+        if self.in_flight == 0:
+            self._busy_since = time.monotonic()
+        self.in_flight += 1
+
+    def end_request(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self.busy_seconds += time.monotonic() - self._busy_since
+
+    def take_busy_seconds(self) -> float:
+        taken, self.busy_seconds = self.busy_seconds, 0.0
+        return taken
 
     def dead(self) -> bool:
         return self.server is not None and not self.server.alive()
@@ -74,6 +101,15 @@ class EngineServer:
             "logprob_start_len": 0,
         }
         return await self.client.post("/generate", payload, give_up=self.dead)
+
+    async def take_back(self, tags: tuple[str, ...]) -> None:
+        """The memory that it has given away; nothing for a server that has not.
+
+        Raises:
+            EngineError: it refused.
+        """
+        if self.released:
+            await memory_occupation.take_back(self.client, tags, give_up=self.dead)
 
     async def held_version(self) -> str:
         """What the server itself says about its weights.

@@ -36,7 +36,7 @@ MISSING = object()  # no reward was kept: None may be one
 _ROLLOUT_FLAGS = (
     "rollout_engine", "skd_top_k", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len",
     "rollout_max_context_len", "rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_seed",
-    "rollout_stop_token_ids",
+    "rollout_stop_token_ids", "partial_rollout", "partial_rollout_tokens", "over_sampling_batch_size",
 )  # fmt: skip
 _OPD_FLAGS = (
     "use_opd", "opd_type", "opd_teachers", "opd_teacher_key", "opd_teacher_combine", "opd_teacher_weights",
@@ -59,7 +59,6 @@ class RolloutJournal:
     Args:
         folder: made when the first line is written.
         identity: see ``journal_identity``; a journal of other flags is deleted.
-        samples_per_rollout: sample ``index`` belongs to step ``index // samples_per_rollout + 1``.
         resumed_step: rollouts that the loaded checkpoint has learned from.
         beside_checkpoint: whether that checkpoint lies beside ``folder``, so that older weights are the same run's.
         max_staleness: rollouts that the weights of an answer may lag behind those of its step.
@@ -71,7 +70,6 @@ class RolloutJournal:
         folder: str | Path,
         *,
         identity: Mapping[str, Any],
-        samples_per_rollout: int,
         resumed_step: int = 0,
         beside_checkpoint: bool = True,
         max_staleness: int = 0,
@@ -79,7 +77,7 @@ class RolloutJournal:
     ) -> None:
         self._folder = Path(folder)
         self._identity = {"layout": LAYOUT, **json.loads(json.dumps(identity, default=str))}
-        self._samples_per_rollout = samples_per_rollout
+        self._step = resumed_step + 1
         self._resumed_step = resumed_step
         self._beside_checkpoint = beside_checkpoint
         self._max_staleness = max_staleness
@@ -90,6 +88,11 @@ class RolloutJournal:
         self._broken = False
         self._remove(lambda step: step <= resumed_step)
 
+    def begin(self, step: int) -> None:
+        """All that follows belongs to the rollout of ``step``, an answer that an earlier rollout set aside as well."""
+        with self._lock:
+            self._step = step
+
     def weights(self, version: int, probe_logprobs: Sequence[float]) -> None:
         """The engine holds ``version``, whose log-probs of the probe text are these."""
         digest = hashlib.blake2b(array("f", probe_logprobs).tobytes(), digest_size=8).hexdigest()
@@ -99,8 +102,8 @@ class RolloutJournal:
     def answer(self, request: GenerationRequest) -> GenerationResult | None:
         """The answer to ``request`` that this run has on disk, if it was written with weights that still hold."""
         with self._lock:
-            kept = self._at(request.key).answers.get(request.key)
-            if kept is None or kept["request"] != _request_digest(request) or not self._holds(request.key, kept):
+            kept = self._current().answers.get((request.key, _request_digest(request)))
+            if kept is None or not self._holds(kept):
                 return None
             values = decoded(kept["result"])
             if "weight_spans" in values:
@@ -122,7 +125,7 @@ class RolloutJournal:
         """What the reward function returned for exactly this answer, or ``MISSING``; what it put into the sample's
         metadata is put back."""
         with self._lock:
-            kept = self._at(sample.index).rewards.get(sample.index)
+            kept = self._current().rewards.get(sample.index)
             if kept is None or kept["sample"] != _sample_digest(sample):
                 return MISSING
             values = decoded(kept["result"])
@@ -152,11 +155,11 @@ class RolloutJournal:
             self._steps.clear()
             self._broken = True
 
-    def _holds(self, key: int, kept: dict[str, Any]) -> bool:
+    def _holds(self, kept: dict[str, Any]) -> bool:
         """Whether the weights that wrote an answer are this run's, and not too old for its step."""
         version = kept["result"].get("weight_version")
         oldest = min((v for _, v in kept["result"].get("weight_spans") or ()), default=version)
-        if version is None or self._step_of(key) - 1 - oldest > self._max_staleness:
+        if version is None or self._step - 1 - oldest > self._max_staleness:
             return False
         if version < self._resumed_step:
             return self._beside_checkpoint
@@ -164,11 +167,8 @@ class RolloutJournal:
             return False
         return kept["weights"] is not None and kept["weights"] == self._weights.get(version)
 
-    def _step_of(self, key: int) -> int:
-        return key // self._samples_per_rollout + 1
-
-    def _at(self, key: int) -> _StepFile:
-        step = self._step_of(key)
+    def _current(self) -> _StepFile:
+        step = self._step
         if step not in self._steps:
             self._steps[step] = _StepFile(self._folder / f"step_{step:07d}.jsonl", self._identity)
             if self._keep_steps is not None:
@@ -185,7 +185,7 @@ class RolloutJournal:
         except NotKept:  # a reward that only its maker could write down: it will be computed again
             return
         try:
-            self._at(key).append(line)
+            self._current().append(line)
         except OSError as error:
             self._broken = True
             logger.warning(
@@ -205,7 +205,7 @@ class _StepFile:
     """One step's lines: those that were there, and a place to add more."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.answers: dict[int, dict[str, Any]] = {}
+        self.answers: dict[tuple[int, str], dict[str, Any]] = {}  # by key and digest of the request: rounds ask again
         self.rewards: dict[int, dict[str, Any]] = {}
         self._path = path
         self._identity = identity
@@ -242,8 +242,10 @@ class _StepFile:
                         differing = sorted(k for k in {*line, *self._identity} if line.get(k) != self._identity.get(k))
                         logger.warning("`%s` is of other flags (%s): not used", self._path, ", ".join(differing))
                         return 0
+                elif line["kind"] == "answer":
+                    self.answers[line["key"], line["request"]] = line
                 else:
-                    (self.answers if line["kind"] == "answer" else self.rewards)[line["key"]] = line
+                    self.rewards[line["key"]] = line
                 whole += len(text)
         if self.answers or self.rewards:
             message = "`%s` holds %d answers and %d rewards of the rollout that was interrupted"
@@ -265,7 +267,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def _request_digest(request: GenerationRequest) -> str:
-    return _digest(request.prompt_ids, request.teacher_prompt_ids)
+    return _digest(request.prompt_ids, request.teacher_prompt_ids, f"/{request.written}" if request.written else "")
 
 
 def _sample_digest(sample: Sample) -> str:

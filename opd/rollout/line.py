@@ -18,7 +18,7 @@ class RolloutLine:
 
     Args:
         plan: the plan of a step; called once per step, in order.
-        write: writes a plan; gets ``check`` to call as each answer is finished.
+        write: writes a plan; called once per plan, in order; gets ``check`` to call as each answer is finished.
         background: None with the synchronous order, and on ranks that do not generate.
         version: of the weights that the engine holds.
 

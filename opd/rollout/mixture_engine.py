@@ -69,7 +69,7 @@ class MixtureEngine(EngineWithTeacher):
         self._teacher_max_context_len = teacher_max_context_len
         self._scale = 0.0
         self._decoded = MixtureStats()
-        self._tokens = _TokenSums()
+        self._tokens = TokenSums()
 
     def generate(self, requests: list[GenerationRequest], params: SamplingParams) -> Iterator[GenerationResult]:
         """See ``RolloutEngine.generate``. An answer that cannot be written is ABORTED and carries its ``error``.
@@ -110,7 +110,7 @@ class MixtureEngine(EngineWithTeacher):
         KL(q || p), nats per token), ``tokens_per_round`` (of an answer, per forward pass of the teacher) and
         ``accepted_share`` of the drafted tokens that were judged."""
         decoded, tokens = self._decoded, self._tokens
-        self._decoded, self._tokens = MixtureStats(), _TokenSums()
+        self._decoded, self._tokens = MixtureStats(), TokenSums()
         if tokens.answers == 0:
             return {}
         stats = {"scale": self._scale, **tokens.means()}
@@ -119,7 +119,7 @@ class MixtureEngine(EngineWithTeacher):
 
 
 @dataclass
-class _TokenSums:
+class TokenSums:
     """Over the tokens of finished answers that say what they were drawn from."""
 
     answers: int = 0

@@ -87,6 +87,7 @@ class Reviver:
                 "the SGLang server at %s has ended; restart %d of %d", server.url, server.restarts, self._max_restarts
             )
             server.version = None
+            server.released = False
             await self.on_down(server)
             await asyncio.to_thread(server.server.restart)
             try:

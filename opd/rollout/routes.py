@@ -17,14 +17,25 @@ from opd.serving.router import SGLangRouter
 
 logger = logging.getLogger(__name__)
 
+LED_PROMPT_TOKENS = 64  # below, computing a prompt for all of its answers costs less than a request of its own
 RETRY_SECONDS = 0.25  # the first pause; each later one is twice as long
 
 
 @dataclass(eq=False)
 class PromptGroup:
-    """The requests of one prompt. ``home``: the server that holds the prompt's prefix."""
+    """The requests of one prompt.
 
+    Args:
+        size: how many they are.
+
+    Attributes:
+        home: the server that holds the prompt's prefix.
+        led: one of them went ahead; set once it has computed the prompt, or ended.
+    """
+
+    size: int = 1
     home: EngineServer | None = None
+    led: asyncio.Event | None = None
 
 
 class Route(Protocol):
@@ -62,7 +73,9 @@ class LeastLoaded:
             server = await self._take_place(group)
             life = server.restarts
             try:
-                return await server.client.post_once("/generate", payload), server.url
+                answer = await self._ask(server, group, payload)
+                if server.restarts == life:  # else it may be from before the restarted server had its weights
+                    return answer, server.url
             except HttpError as error:
                 if server.restarts != life or not server.ready or await server.died_of(error):
                     if server.dead():
@@ -75,12 +88,24 @@ class LeastLoaded:
                 await pause_before_retry(attempt)
                 attempt += 1
             finally:
-                server.in_flight -= 1
+                server.end_request()
                 await self._notify(1)
 
     async def changed(self, server: EngineServer) -> None:
         """See ``Route.changed``."""
         await self._notify(None)
+
+    async def _ask(self, server: EngineServer, group: PromptGroup, payload: dict[str, Any]) -> dict[str, Any]:
+        """A long prompt's first request goes ahead: sent together, all would compute the prompt."""
+        if group.led is None and group.size > 1 and len(payload["input_ids"]) >= LED_PROMPT_TOKENS:
+            group.led = asyncio.Event()
+            try:
+                return await server.answers.post(payload, begun=group.led.set)
+            finally:
+                group.led.set()
+        if group.led is not None:
+            await group.led.wait()
+        return await server.answers.post(payload)
 
     async def _take_place(self, group: PromptGroup) -> EngineServer:
         async with self._change:
@@ -88,7 +113,7 @@ class LeastLoaded:
                 server = self._place(group)
                 if server is not None:
                     group.home = server
-                    server.in_flight += 1
+                    server.begin_request()
                     return server
                 await self._change.wait()
 

@@ -12,14 +12,20 @@ from opd.types import GenerationRequest, GenerationResult, SampleStatus, Samplin
 _STATUS = {"stop": SampleStatus.COMPLETED, "length": SampleStatus.TRUNCATED, "abort": SampleStatus.ABORTED}
 
 
+def room(request: GenerationRequest, params: SamplingParams, *, max_context_len: int) -> tuple[int, bool]:
+    """See ``SamplingParams.room``."""
+    return params.room(request.written, context_left=max_context_len - len(request.prompt_ids))
+
+
 def generate_payload(request: GenerationRequest, params: SamplingParams, *, max_context_len: int) -> dict[str, Any]:
+    tokens, _ = room(request, params, max_context_len=max_context_len)
     return {
         "input_ids": list(request.prompt_ids),
         "sampling_params": {
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k,
-            "max_new_tokens": min(params.max_new_tokens, max_context_len - len(request.prompt_ids)),
+            "max_new_tokens": tokens,
             "stop_token_ids": list(params.stop_token_ids) or None,
             "ignore_eos": not params.stop_token_ids,
             "sampling_seed": request_seed(params.seed, request.key),
@@ -36,11 +42,18 @@ def request_seed(seed: int, key: int) -> int:
 
 
 def generation_result(
-    answer: dict[str, Any], request: GenerationRequest, *, url: str, top_ids: int, given_version: int | None
+    answer: dict[str, Any],
+    request: GenerationRequest,
+    *,
+    url: str,
+    top_ids: int,
+    given_version: int | None,
+    pauses: bool = False,
 ) -> GenerationResult:
     """
     Args:
         url: of the server, for messages.
+        pauses: an answer as long as it was allowed to be has room for more.
         given_version: weights that the servers were given last; None: they hold what they started with, version 0.
 
     Raises:
@@ -54,6 +67,8 @@ def generation_result(
         if status is not SampleStatus.ABORTED:
             raise EngineError(f"{url} returned log-probs of other tokens than its answer to request {request.key}")
         ids, entries = [], []
+    if pauses and status is SampleStatus.TRUNCATED:
+        status = SampleStatus.PENDING
     spans = _weight_spans(meta, url, given_version)
     return GenerationResult(
         key=request.key,

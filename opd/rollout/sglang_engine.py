@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from opd.rollout.current_weights import CurrentWeights, Probe
 from opd.rollout.engine_server import EngineServer
 from opd.rollout.revival import Reviver
 from opd.rollout.routes import LeastLoaded, PromptGroup, Route, ThroughRouter
-from opd.rollout.sglang_answers import generate_payload, generation_result
+from opd.rollout.sglang_answers import generate_payload, generation_result, room
 from opd.rollout.sglang_start import start_servers, weight_sync_method
 from opd.rollout.weight_sync import FolderSync, MemorySync, WeightSync
+from opd.serving.hosts import ServerHost
 from opd.serving.http import HttpError, JsonClient, base_url
 from opd.serving.router import SGLangRouter
 from opd.serving.server import SGLangServer
@@ -48,7 +50,10 @@ class SGLangEngine:
         request_timeout_s: for one answer.
         max_restarts: of each server of ours, and of the router; without any no copy of the weights is kept.
         start_timeout_s: for one restart.
+        shares_gpus: with the trainer; the servers were started with ``ServerOptions.memory_saver``.
     """
+
+    stats_prefix = "engine_"
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class SGLangEngine:
         retries: int = 3,
         max_restarts: int = 3,
         start_timeout_s: float = 180.0,
+        shares_gpus: bool = False,
     ) -> None:
         if sync_folder is None and any(isinstance(server, str) for server in servers):
             raise ValueError("servers that were not started here take weights from a folder: give sync_folder")
@@ -104,6 +110,7 @@ class SGLangEngine:
                 start_timeout_s=start_timeout_s,
                 retries=retries,
             )
+        self._shares_gpus = shares_gpus
         self._closed = False
 
     @property
@@ -118,8 +125,11 @@ class SGLangEngine:
 
         Raises:
             ValueError: a prompt that leaves no room for an answer.
-            EngineError: a server is gone for good, refused a request, or returned log-probs of other tokens.
+            EngineError: a server is gone for good, refused a request, or returned log-probs of other tokens; or the
+                servers have no weights since ``release_memory``.
         """
+        if any(server.released for server in self._servers):
+            raise EngineError("the SGLang servers have given their memory away: set_weights comes before an answer")
         longest = max((len(r.prompt_ids) for r in requests), default=0)
         if longest >= self.max_context_len:
             raise ValueError(
@@ -135,6 +145,12 @@ class SGLangEngine:
                 yield result
         finally:
             work.cancel()
+
+    def take_stats(self) -> dict[str, float]:
+        """Of each server, in their order from 1, the seconds in which it had a request since the last call; nothing
+        behind a router, which does not say who got what."""
+        busy = [server.take_busy_seconds() for server in self._servers]
+        return {f"{n}/busy_seconds": seconds for n, seconds in enumerate(busy, start=1)} if any(busy) else {}
 
     def set_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """See ``RolloutEngine.set_weights``. ``verify`` tells whether the servers took all of them.
@@ -153,6 +169,16 @@ class SGLangEngine:
                     f"the SGLang server at {server.url} says that it holds weights of version {held} after an update "
                     f"to {version}: somebody else gives it weights too. Give the run servers of its own."
                 )
+
+    def release_memory(self) -> None:
+        """The servers' weights, caches and graphs leave the GPUs that they share with the trainer, until the next
+        ``set_weights``. Nothing happens without ``shares_gpus``. Not while another thread is in ``generate``.
+
+        Raises:
+            EngineError, WeightSyncError: a server refused.
+        """
+        if self._shares_gpus:
+            self._weights.release_memory(self._servers)
 
     def verify(self, tokens: list[int], expected_logprobs: list[float], *, tolerance: float) -> float:
         """See ``RolloutEngine.verify``; every server is asked. A server that is restarted later has to pass it too."""
@@ -177,7 +203,8 @@ class SGLangEngine:
         self, requests: list[GenerationRequest], params: SamplingParams, put: Callable[[Any], None]
     ) -> None:
         """Puts one result per request, or the first error and nothing more."""
-        groups = {request.prompt_ids: PromptGroup() for request in requests}
+        sizes = Counter(request.prompt_ids for request in requests)
+        groups = {prompt_ids: PromptGroup(size=size) for prompt_ids, size in sizes.items()}
 
         async def one(request: GenerationRequest) -> None:
             put(await self._generate_one(groups[request.prompt_ids], request, params))
@@ -201,7 +228,9 @@ class SGLangEngine:
         except HttpError as error:
             logger.warning("request %d aborted: %s", request.key, error)
             return GenerationResult(key=request.key, response_ids=[], log_probs=[], status=SampleStatus.ABORTED)
-        return generation_result(answer, request, url=url, top_ids=params.top_ids, given_version=self._weights.version)
+        _, pauses = room(request, params, max_context_len=self.max_context_len)
+        version = self._weights.version
+        return generation_result(answer, request, url=url, top_ids=params.top_ids, given_version=version, pauses=pauses)
 
     async def _check(self, probe: Probe) -> list[float]:
         return await asyncio.gather(*(self._check_one(server, probe) for server in self._servers))
@@ -225,15 +254,25 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-def start_engine(config: Config, *, dtype: torch.dtype, device: torch.device, max_context_len: int) -> SGLangEngine:
+def start_engine(
+    config: Config,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_context_len: int,
+    host: ServerHost | None = None,
+) -> SGLangEngine:
     """Starts the servers that the flags ask for, and the router, and waits until all answer.
+
+    Args:
+        host: where the servers are started; on this machine without it.
 
     Raises:
         EngineError: one did not come up, or cannot take weights as --sglang-weight-sync says; none is left running.
     """
     flags = config.rollout
-    method = weight_sync_method(config, device)
-    started = start_servers(config, dtype=dtype, device=device, max_context_len=max_context_len)
+    method = weight_sync_method(config, device, host)
+    started = start_servers(config, dtype=dtype, device=device, max_context_len=max_context_len, host=host)
     by_folder = method == "disk"
     return SGLangEngine(
         started.servers,
@@ -245,4 +284,5 @@ def start_engine(config: Config, *, dtype: torch.dtype, device: torch.device, ma
         broadcast_from=device if method == "distributed" else None,
         max_restarts=flags.sglang_max_restarts,
         start_timeout_s=flags.sglang_server_timeout,
+        shares_gpus=started.memory_saver,
     )

@@ -12,6 +12,7 @@ from opd.decoding.loop import write_answers
 from opd.decoding.packed_linear import pack_linears
 from opd.interfaces import WeightSyncError
 from opd.maths.logprobs import token_logprobs
+from opd.rollout.expert_weights import under_checkpoint_names
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
 
 
@@ -47,7 +48,7 @@ class TorchEngine:
         Raises:
             WeightSyncError: a name or shape that the model does not have, or a parameter that was not given.
         """
-        state = self.model.state_dict(keep_vars=True)
+        state = under_checkpoint_names(self.model.state_dict(keep_vars=True))
         loaded = set()
         with torch.no_grad():
             for name, tensor in named_tensors:

@@ -27,6 +27,7 @@ class ServerOptions:
     mem_fraction_static: float | None = None  # GPU memory for weights and KV cache
     tp_size: int = 1
     base_gpu_id: int = 0
+    memory_saver: bool = False  # the server can give its GPU memory away and take it back; CUDA only
     random_seed: int = 42
     trust_remote_code: bool = False
     api_key: str | None = None
@@ -65,6 +66,8 @@ def server_command(options: ServerOptions, *, host: str, port: int, parent_pid: 
         command += ["--max-total-tokens", str(max_total_tokens)]
     if options.mem_fraction_static is not None:
         command += ["--mem-fraction-static", str(options.mem_fraction_static)]
+    if options.memory_saver:
+        command += ["--enable-memory-saver"]
     if options.trust_remote_code:
         command += ["--trust-remote-code"]
     if options.api_key is not None:
@@ -72,7 +75,7 @@ def server_command(options: ServerOptions, *, host: str, port: int, parent_pid: 
     return [*command, *options.extra_args]
 
 
-def server_environment(base: Mapping[str, str], *, device: str) -> dict[str, str]:
+def server_environment(base: Mapping[str, str], *, device: str, memory_saver: bool = False) -> dict[str, str]:
     """``base`` with what the server needs; a value that ``base`` sets is kept."""
     root = str(Path(__file__).resolve().parents[2])  # ``opd`` must be importable from any working directory
     environment = {
@@ -82,6 +85,9 @@ def server_environment(base: Mapping[str, str], *, device: str) -> dict[str, str
         **base,
         "PYTHONPATH": os.pathsep.join(filter(None, (root, base.get("PYTHONPATH")))),
     }
+    if memory_saver:
+        # A health check that generates a token would compute in memory that is given away.
+        environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
     if device == "cpu":
         # Three processes with a thread pool each make two cores crawl.
         environment.setdefault("OMP_NUM_THREADS", "1")

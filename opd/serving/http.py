@@ -23,6 +23,7 @@ BACKOFF_FIRST_SECONDS = 0.25
 BACKOFF_LONGEST_SECONDS = 10.0
 # Errors that the same request meets again: an address that is none, a certificate that is not trusted.
 _LASTING = (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError)
+_EVENT_DATA, _EVENT_END, _LAST_EVENT = b"data: ", b"\n\n", b"[DONE]"  # as SGLang writes server-sent events
 KEEPALIVE_SECONDS = 4.0  # SGLang closes idle connections after 5: never reuse one that it is about to close
 
 
@@ -90,6 +91,15 @@ class JsonClient:
         self._open()
         return await self._attempt("POST", path, json.dumps(payload).encode())
 
+    async def post_events(self, path: str, payload: dict[str, Any], take: Callable[[Any], None]) -> None:
+        """``post_once`` for an answer that comes as server-sent events: ``take`` gets each one's decoded JSON at once.
+
+        Raises:
+            HttpError: see there; the events so far have been taken. The time-out is that of the whole answer.
+        """
+        self._open()
+        await self._attempt("POST", path, json.dumps(payload).encode(), take)
+
     async def answers(self, path: str, *, timeout_s: float) -> bool:
         """Whether a GET gets any answer that is no server error. It is not counted, and waits for no other request."""
         self._open()
@@ -124,12 +134,14 @@ class JsonClient:
             self.stats.failures += 1
             raise
 
-    async def _attempt(self, method: str, path: str, body: bytes | None) -> Any:
+    async def _attempt(
+        self, method: str, path: str, body: bytes | None, take: Callable[[Any], None] | None = None
+    ) -> Any:
         async with self._slots:
             self.stats.requests += 1
             started = time.monotonic()
             try:
-                answer = await self._send(method, self.base_url + path, body)
+                answer = await self._send(method, self.base_url + path, body, take)
             except HttpError:
                 self.stats.errors += 1
                 raise
@@ -139,11 +151,13 @@ class JsonClient:
             self.stats.latencies.append(seconds)
             return answer
 
-    async def _send(self, method: str, url: str, body: bytes | None) -> Any:
+    async def _send(self, method: str, url: str, body: bytes | None, take: Callable[[Any], None] | None) -> Any:
         try:
             async with self._session.request(method, url, data=body) as response:
-                raw = await response.read()
                 status = response.status
+                if take is not None and status == 200:
+                    return await self._take_events(response, take)
+                raw = await response.read()
         except TimeoutError as error:
             detail = f"{url} did not answer within {self.timeout_s:g} s"
             raise HttpError("timeout", detail, retryable=True) from error
@@ -158,10 +172,22 @@ class JsonClient:
             raise HttpError(
                 "http_status", f"{url} answered {status}: {text}", retryable=status in RETRIED_STATUSES, status=status
             )
-        try:
-            return json.loads(raw)
-        except ValueError as error:
-            raise HttpError("bad_json", f"{url}: {error} in an answer of {len(raw)} bytes", retryable=True) from error
+        return _decoded(raw, url)
+
+    async def _take_events(self, response: aiohttp.ClientResponse, take: Callable[[Any], None]) -> None:
+        """Reads to the end of the answer, so that its connection can be used again."""
+        url, pending, whole = str(response.url), b"", False
+        async for chunk in response.content.iter_any():
+            self.stats.bytes += len(chunk)
+            *events, pending = (pending + chunk).split(_EVENT_END)
+            for event in events:
+                data = event.removeprefix(_EVENT_DATA)
+                if data == _LAST_EVENT:
+                    whole = True
+                else:
+                    take(_decoded(data, url))
+        if not whole:
+            raise HttpError("unreachable", f"{url} broke off its answer (no {_LAST_EVENT.decode()})", retryable=True)
 
     def _count_retry(self, state: tenacity.RetryCallState) -> None:
         self.stats.retries += 1
@@ -191,6 +217,13 @@ class JsonClient:
         finally:
             self._session = self._slots = self._keeper = None
             await session.close()
+
+
+def _decoded(raw: bytes, url: str) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise HttpError("bad_json", f"{url}: {error} in an answer of {len(raw)} bytes", retryable=True) from error
 
 
 def base_url(url: str) -> str:

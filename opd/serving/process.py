@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 LOG_TAIL_LINES = 12
 LOG_LINE_CHARACTERS = 300  # one line of SGLang's log holds all its settings, 12,000 characters
+PORT_SECONDS = 10.0
+PORT_POLL_SECONDS = 0.2
 TERM_SECONDS = 1.5  # SGLang polls for its end every 5 s; nothing of ours is lost when it is killed instead
 
 
@@ -100,6 +103,35 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def wait_for_port(host: str, port: int, *, timeout_s: float = PORT_SECONDS) -> None:
+    """Until nobody listens there: the servers of a run that was killed end a moment after it.
+
+    Raises:
+        EngineError: somebody still does.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a closed connection is no one
+            try:
+                return probe.bind((host, port))
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise EngineError(
+                        f"port {port} of {host} is in use ({error.strerror}). End the program that listens there, or "
+                        "give another port."
+                    ) from error
+        time.sleep(PORT_POLL_SECONDS)
+
+
+def own_address(*, towards: str) -> str:
+    """The address of this machine from which it reaches the host ``towards``, loopback for itself. Sends nothing."""
+    family, _, _, _, address = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def _stop_group(process: subprocess.Popen[bytes], owner: int) -> None:

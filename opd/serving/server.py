@@ -13,7 +13,7 @@ from pathlib import Path
 
 from opd.errors import EngineError
 from opd.serving.command import ServerOptions, server_command, server_environment
-from opd.serving.process import LOG_TAIL_LINES, OwnedProcess, free_port
+from opd.serving.process import LOG_TAIL_LINES, OwnedProcess, free_port, wait_for_port
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ class SGLangServer:
         log_path: file that receives the server's output, that of later starts behind that of the first.
         host: address to listen on; loopback by default.
         port: a free one without it. A restart listens on the same one.
+
+    Raises:
+        EngineError: the port stays in use.
     """
 
     def __init__(
@@ -35,11 +38,13 @@ class SGLangServer:
         self.options = options
         self.log_path = Path(log_path)
         self.host = host
+        if port is not None:
+            wait_for_port(host, port)
         self.port = free_port(host) if port is None else port
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
         self._process = OwnedProcess(
             server_command(options, host=host, port=self.port, parent_pid=os.getpid()),
-            environment=server_environment(os.environ, device=options.device),
+            environment=server_environment(os.environ, device=options.device, memory_saver=options.memory_saver),
             log_path=self.log_path,
         )
         logger.info("SGLang server %s starting at %s, log in %s", options.model_path, self.url, self.log_path)

@@ -2,7 +2,7 @@
 
     python -m opd.serving.sglang_cpu [--parent-pid PID] [--stock-attention] SERVER_ARGS...
 
-SGLang's own workers are spawned and import the main module again, so they get the CPU preparations as well. With CUDA
+SGLang's own workers are copies of the main process, which has made the CPU preparations (``cpu_start``). With CUDA
 nothing is changed. ``--parent-pid`` ends the server and its workers when that process is gone, however it went.
 ``--stock-attention`` keeps SGLang's own attention on a CPU (see ``cpu_attention``).
 """
@@ -74,15 +74,21 @@ class _KernelStubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["--parent-pid"]:
-        _end_with_parent(int(argv[1]))
+        _end_with_parent(int(argv[1]))  # before the imports, which take seconds
         argv = argv[2:]
+    _prepare(stock_attention=STOCK_ATTENTION in argv)
     argv = [word for word in argv if word != STOCK_ATTENTION]
+    import torch
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from opd.serving import cpu_start
+
     load_plugins()
+    if not torch.cuda.is_available():
+        cpu_start.fork_workers()
     try:
         run_server(prepare_server_args(argv))
     finally:
@@ -103,19 +109,19 @@ def _end_with_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
-def _install_attention() -> None:
-    """A spawned worker has the server's arguments in ``sys.argv`` before it imports this module."""
+def _prepare(*, stock_attention: bool) -> None:
+    """Before SGLang is imported by anything else."""
+    install()
     import torch
 
-    if torch.cuda.is_available() or STOCK_ATTENTION in sys.argv:
+    if torch.cuda.is_available():
         return
-    from opd.serving import cpu_attention
+    from opd.serving import cpu_attention, cpu_start
 
-    cpu_attention.install()
+    cpu_start.import_less()
+    if not stock_attention:
+        cpu_attention.install()
 
 
-if __name__ in ("__main__", "__mp_main__"):
-    install()
-    _install_attention()
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import psutil
 import pytest
 import torch
 
+from opd.data.prompts import Prompt
 from opd.errors import EngineError, WeightSyncError
+from opd.rollout.partial import continue_with, new_sample, request_for
 from opd.rollout.sglang_engine import SGLangEngine
 from opd.serving.command import ServerOptions
 from opd.serving.server import SGLangServer
@@ -23,7 +26,6 @@ from tests.contracts.conftest import CONTEXT, START_SECONDS, TinyModel
 pytestmark = pytest.mark.contracts
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
-
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +77,7 @@ def test_sampled_log_probs_are_those_of_the_tempered_distribution(
     assert len({tuple(r.response_ids) for r in results}) == len(results)
 
 
-def test_the_likeliest_tokens_are_reported_on_request(
-    engine: SGLangEngine, tiny_a: TinyModel, random_ids: Any
-) -> None:
+def test_the_likeliest_tokens_are_reported_on_request(engine: SGLangEngine, tiny_a: TinyModel, random_ids: Any) -> None:
     params = SamplingParams(temperature=0.8, max_new_tokens=12, top_ids=5)
     prompt = random_ids(24)
     (result,) = engine.generate(_requests([prompt]), params)
@@ -87,9 +87,7 @@ def test_the_likeliest_tokens_are_reported_on_request(
     assert plain.top_ids is None
 
 
-def test_a_stop_token_ends_the_answer_and_belongs_to_it(
-    engine: SGLangEngine, random_ids: Any
-) -> None:
+def test_a_stop_token_ends_the_answer_and_belongs_to_it(engine: SGLangEngine, random_ids: Any) -> None:
     prompt = random_ids(12)
     (free,) = engine.generate(_requests([prompt]), GREEDY)
     stop = free.response_ids[3]
@@ -99,6 +97,30 @@ def test_a_stop_token_ends_the_answer_and_belongs_to_it(
     assert stopped.response_ids == free.response_ids[: first + 1]
     assert len(stopped.log_probs) == first + 1
     assert stopped.status is SampleStatus.COMPLETED
+
+
+def test_an_answer_is_set_aside_and_continued_by_other_weights(
+    engine: SGLangEngine, tiny_a: TinyModel, tiny_b: TinyModel, restored: None, random_ids: Any
+) -> None:
+    """Pieces by the same weights are the whole; other weights go on from what the first ones wrote."""
+    params = replace(GREEDY, pause_after=10)
+    prompt = Prompt(index=1, text="", ids=tuple(random_ids(24)))
+    (whole,) = engine.generate(_requests([list(prompt.ids)]), GREEDY)
+    sample = new_sample(prompt, 100)
+    for length, status in ((10, SampleStatus.PENDING), (20, SampleStatus.PENDING), (24, SampleStatus.TRUNCATED)):
+        (piece,) = engine.generate([request_for(prompt, sample)], params)
+        continue_with(sample, piece)
+        assert (sample.response_ids, sample.status) == (whole.response_ids[:length], status)
+    assert sample.rollout_log_probs == pytest.approx(whole.log_probs, abs=1e-3)
+
+    sample = new_sample(prompt, 100)
+    continue_with(sample, next(iter(engine.generate([request_for(prompt, sample)], params))))
+    engine.set_weights(tiny_b.model.state_dict().items(), version=3)
+    (piece,) = engine.generate([request_for(prompt, sample)], params)
+    continue_with(sample, piece)
+    assert sample.weight_spans == [(0, 0), (10, 3)]
+    assert sample.rollout_log_probs[:10] == pytest.approx(whole.log_probs[:10], abs=1e-3)
+    assert sample.rollout_log_probs[10:] == pytest.approx(tiny_b.logprobs(sample.tokens)[33:], abs=1e-3)
 
 
 def test_an_answer_may_fill_the_context(engine: SGLangEngine, random_ids: Any) -> None:
@@ -139,9 +161,7 @@ def test_weights_in_several_buckets(
     assert engine.verify(probe, tiny_b.logprobs(probe), tolerance=1e-4) < 1e-4
 
 
-def test_a_missing_tensor_is_noticed(
-    engine: SGLangEngine, tiny_b: TinyModel, random_ids: Any, restored: None
-) -> None:
+def test_a_missing_tensor_is_noticed(engine: SGLangEngine, tiny_b: TinyModel, random_ids: Any, restored: None) -> None:
     state = tiny_b.model.state_dict()
     state.pop("model.layers.1.mlp.down_proj.weight")
     engine.set_weights(state.items(), version=9)
@@ -188,10 +208,10 @@ def test_killing_the_parent_ends_the_server(tiny_a: TinyModel, tmp_path: Path) -
     command = [sys.executable, "-c", _PARENT, str(tiny_a.folder), str(tmp_path / "server.log")]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     orphan = psutil.Process(int(parent.stdout.readline()))
-    time.sleep(1.5)  # the watch starts before SGLang is imported
+    time.sleep(1.0)  # the watch starts before SGLang is imported
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE

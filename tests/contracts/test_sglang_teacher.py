@@ -27,9 +27,7 @@ def test_scores_match_transformers_at_every_length(server: SGLangServer, tiny_a:
     async def score() -> list[tuple[list[int], int, list[float]]]:
         teacher = SGLangTeacher(server.url)
         tokens = [random_ids(prompt + response) for prompt, response in cases]
-        scores = await asyncio.gather(
-            *(teacher.score(t, r) for t, (_, r) in zip(tokens, cases, strict=True))
-        )
+        scores = await asyncio.gather(*(teacher.score(t, r) for t, (_, r) in zip(tokens, cases, strict=True)))
         await teacher.close()
         return [(t, r, s) for t, (_, r), s in zip(tokens, cases, scores, strict=True)]
 

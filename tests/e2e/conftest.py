@@ -1,8 +1,9 @@
-"""Real SGLang teachers for whole runs."""
+"""Real SGLang teachers for whole runs, one per test file: a test that kills its teacher starts it again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,30 +12,29 @@ from opd.serving.command import ServerOptions
 from opd.serving.server import SGLangServer
 from tests.e2e.runs import TASK
 
-
-def tiny_options(model: Path) -> ServerOptions:
-    return ServerOptions(model_path=str(model), device="cpu", dtype="float32")
+START_SECONDS = 180.0
 
 
 @pytest.fixture(scope="module")
-def student_as_teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
-    log = tmp_path_factory.mktemp("student-server") / "server.log"
-    with SGLangServer(tiny_options(TASK / "student"), log_path=log) as server:
-        server.wait_ready(180)
-        yield server
+def start_teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], SGLangServer]]:
+    """Starts a server of a model folder and waits for it; all are stopped at the end of the file."""
+    with ExitStack() as stack:
+
+        def start(model: Path) -> SGLangServer:
+            options = ServerOptions(model_path=str(model), device="cpu", dtype="float32")
+            log = tmp_path_factory.mktemp("teacher") / "server.log"
+            server = stack.enter_context(SGLangServer(options, log_path=log))
+            server.wait_ready(START_SECONDS)
+            return server
+
+        yield start
 
 
-@pytest.fixture
-def teacher_server(tmp_path: Path) -> Iterator[Callable[..., SGLangServer]]:
-    """Starts a teacher server, on a given port if asked; all are stopped at the end."""
-    servers: list[SGLangServer] = []
+@pytest.fixture(scope="module")
+def teacher(start_teacher: Callable[[Path], SGLangServer]) -> SGLangServer:
+    return start_teacher(TASK / "teacher")
 
-    def start(port: int | None = None, model: Path = TASK / "teacher") -> SGLangServer:
-        log = tmp_path / f"teacher-{len(servers)}.log"
-        servers.append(SGLangServer(tiny_options(model), log_path=log, port=port))
-        servers[-1].wait_ready(180)
-        return servers[-1]
 
-    yield start
-    for server in servers:
-        server.stop()
+@pytest.fixture(scope="module")
+def student_as_teacher(start_teacher: Callable[[Path], SGLangServer]) -> SGLangServer:
+    return start_teacher(TASK / "student")

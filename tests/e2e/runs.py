@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from tests import warm
 from tests.metric_table import undocumented
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,23 +49,22 @@ def tiny_flags(output: Path, **changes: Any) -> list[str]:
     return words
 
 
-def start(flags: list[str], *, log: Path, file_limit: int | None = None) -> subprocess.Popen[bytes]:
+def sglang_flags(output: Path, port: int, **changes: Any) -> list[str]:
+    """``tiny_flags`` with the teacher on the server at ``port``."""
+    teacher = {
+        "opd_type": "sglang",
+        "opd_teacher_load": None,
+        "rm_url": f"http://127.0.0.1:{port}/generate",
+        "opd_teacher_timeout": 20,
+        "opd_teacher_retries": 1,
+    }
+    return tiny_flags(output, **teacher | changes)
+
+
+def start(flags: list[str], *, log: Path, file_limit: int | None = None) -> warm.Process:
     """``file_limit``: bytes that one file may have, as a disk that fills up during a large write."""
-
-    def limit() -> None:
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
     with log.open("ab") as stream:
-        return subprocess.Popen(
-            [sys.executable, "train.py", *flags],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            preexec_fn=limit,
-        )
+        return warm.start(["train.py", *flags], stdout=stream, stderr=stream, file_limit=file_limit)
 
 
 def run(flags: list[str], *, log: Path, expect: int = 0, timeout: float = 180, **options: Any) -> str:
@@ -80,6 +80,51 @@ def run(flags: list[str], *, log: Path, expect: int = 0, timeout: float = 180, *
     return printed
 
 
+def run_cold(flags: list[str], *, log: Path, timeout: float = 180) -> str:
+    """``run`` in an interpreter of its own: another order of imports and another seed of string hashes."""
+    with log.open("ab") as stream:
+        command = [sys.executable, "train.py", *flags]
+        done = subprocess.run(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, timeout=timeout
+        )
+    printed = log.read_text()
+    assert done.returncode == 0, printed[-4000:]
+    return printed
+
+
+def run_and_repeat(flags: list[str], folder: Path, *, step: int) -> list[dict[str, Any]]:
+    """Rows of a run that saves to ``folder``/checkpoints at ``step`` and at its end, after checking that what followed
+    ``step``, run again as after a kill, gives the same."""
+    run(flags, log=folder.with_suffix(".first.log"))
+    table = rows(folder)
+    latest = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    last = table[-1]["step"]
+    assert latest.read_text().strip() == str(last)
+    latest.write_text(str(step))
+    assert f"resumes after step {step} of {last}" in run(flags, log=folder.with_suffix(".second.log"))
+    assert without_times(rows(folder)) == without_times(table)
+    return table
+
+
+def error_line(printed: str) -> str:
+    """The one line that says why a run ended."""
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in printed, printed[-3000:]
+    return lines[0]
+
+
+def wait_for_steps(process: warm.Process, output: Path, steps: int, *, log: Path) -> None:
+    """Until the run has done that many.
+
+    Raises:
+        AssertionError: it ended before, or takes over two minutes.
+    """
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or len(rows(output)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
 def rows(output: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert undocumented(found) == set(), "docs/metrics.md does not know these"
@@ -88,6 +133,5 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without what the clock says."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith("time_") and not k.endswith("_idle_share")} for row in rows
-    ]
+    clocked = re.compile(r"time_.*|utilisation/.*|.*idle_share|.*busy_seconds")
+    return [{k: v for k, v in row.items() if not clocked.fullmatch(k)} for row in rows]

@@ -53,7 +53,7 @@ async def counted(args, sample, **kwargs):
 
 
 class Interrupted:
-    """A run of 4 steps, one answer at a time, that is stopped while it writes a rollout and started again."""
+    """A run of 3 steps, one answer at a time, that is stopped while it writes a rollout and started again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class Interrupted:
         checkpoints = self.folder / "checkpoints"
         return tiny_flags(
             self.folder,
-            **{"num_rollout": 4, "rollout_max_running_requests": 1, "rm_type": None},
+            **{"num_rollout": 3, "rollout_max_running_requests": 1, "rm_type": None},
             custom_rm_path="counting.counted",
             **{"save": checkpoints, "load": checkpoints, "save_interval": 1},
         )

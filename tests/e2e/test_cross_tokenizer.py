@@ -69,11 +69,11 @@ def same_ids_logprobs(sample: Sample) -> list[float]:
     return logprobs_TV.gather(1, torch.tensor(sample.tokens[1:])[:, None])[-sample.response_length :, 0].tolist()
 
 
-def test_a_renumbered_teacher_teaches_the_same(tmp_path: Path, teacher_server: Callable[..., SGLangServer]) -> None:
+def test_a_renumbered_teacher_teaches_the_same(tmp_path: Path, start_teacher: Callable[[Path], SGLangServer]) -> None:
     folder = tmp_path / "renumbered"
     new_of = renumber(TASK / "teacher", folder)
     assert sum(new == old for old, new in enumerate(new_of)) < 10
-    server = teacher_server(model=folder)
+    server = start_teacher(folder)
     for sample, score in scores_over_text(server.url, folder):
         assert score.spans == list(range(sample.response_length))
         assert score.logprobs == pytest.approx(same_ids_logprobs(sample), abs=1e-4)

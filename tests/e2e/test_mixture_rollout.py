@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import rows, run, tiny_flags, without_times
+from tests.e2e.runs import run_and_repeat, tiny_flags
 
 pytestmark = pytest.mark.e2e
 
 
-def flags(folder: Path, steps: int) -> list[str]:
+def flags(folder: Path) -> list[str]:
     checkpoints = folder / "checkpoints"
     mixture = {
         "rollout_engine": "mixture",
@@ -21,13 +21,12 @@ def flags(folder: Path, steps: int) -> list[str]:
         "use_tis": True,
         "rollout_batch_size": 16,
     }
-    return tiny_flags(folder, num_rollout=steps, save=checkpoints, load=checkpoints, **mixture)
+    return tiny_flags(folder, num_rollout=4, save=checkpoints, load=checkpoints, save_interval=2, **mixture)
 
 
-def test_the_schedule_goes_on_after_a_resume(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(flags(whole, 4), log=tmp_path / "whole.log")
-    table = rows(whole)
+def test_the_schedule_goes_on_after_a_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    table = run_and_repeat(flags(folder), folder, step=2)
     assert [row["mixture_scale"] for row in table] == pytest.approx([2, 4 / 3, 2 / 3, 0])
     weights = [row["mixture_alpha_mean"] for row in table[:3]]
     assert weights[0] > 0.75 and weights[0] > weights[1] > weights[2] > 0.2
@@ -40,7 +39,3 @@ def test_the_schedule_goes_on_after_a_resume(tmp_path):
     assert table[3]["importance_ratio_mean"] == pytest.approx(1, abs=1e-4)  # the student's own answers
     assert "mixture_alpha_mean" not in table[3]
     assert all(row["sync_error"] < 1e-3 < row["grad_norm"] for row in table)
-
-    run(flags(parts, 2), log=tmp_path / "parts.log")
-    run(flags(parts, 4), log=tmp_path / "parts.log")
-    assert without_times(rows(parts)) == without_times(table)

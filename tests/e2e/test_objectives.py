@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.runs import TASK, rows, run, tiny_flags, without_times
+from tests.e2e.runs import TASK, rows, run, run_and_repeat, tiny_flags
 
 pytestmark = pytest.mark.e2e
 
@@ -18,15 +18,7 @@ def run_and_resume(folder: Path, **changes) -> list[dict]:
     """Rows of a run of 4 steps, after checking that its second half, run again from step 2, gives the same."""
     checkpoints = folder / "checkpoints"
     saving = {"save": checkpoints, "load": checkpoints, "save_interval": 2, "num_rollout": 4}
-    flags = tiny_flags(folder, **saving, **({"lr": 1e-3} | changes))
-    run(flags, log=folder.with_suffix(".first.log"))
-    table = without_times(rows(folder))
-    latest = checkpoints / "latest_checkpointed_iteration.txt"
-    assert latest.read_text().strip() == "4"
-    latest.write_text("2")  # as if it had been killed after the first checkpoint
-    assert "resumes after step 2 of 4" in run(flags, log=folder.with_suffix(".second.log"))
-    assert without_times(rows(folder)) == table
-    return table
+    return run_and_repeat(tiny_flags(folder, **saving, **({"lr": 1e-3} | changes)), folder, step=2)
 
 
 def test_ppo_resumes_with_its_critic_and_its_reference(tmp_path):

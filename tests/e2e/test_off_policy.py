@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import TASK, rows, run, tiny_flags, without_times
+from tests.e2e.runs import TASK, rows, run, run_and_repeat, tiny_flags
 
 pytestmark = pytest.mark.e2e
 
@@ -23,19 +23,10 @@ def write_answers(folder: Path) -> Path:
 
 
 def test_an_interrupted_warm_up_goes_on_with_the_same_answers(tmp_path):
-    answers = write_answers(tmp_path)
-
-    def flags(folder: Path, steps: int, warm_up: int) -> list[str]:
-        checkpoints = folder / "checkpoints"
-        mixing = {"sft_data": answers, "sft_steps": warm_up, "opd_off_policy_fraction": 0.25, "lambda_sft": 2.0}
-        return tiny_flags(folder, num_rollout=steps, save=checkpoints, load=checkpoints, lr=1e-3, **mixing)
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(flags(whole, 5, 3), log=tmp_path / "whole.log")
-    run(flags(parts, 2, 2), log=tmp_path / "parts.log")
-    run(flags(parts, 5, 3), log=tmp_path / "parts.log")
-    table = rows(whole)
-    assert without_times(rows(parts)) == without_times(table)
+    folder = tmp_path / "run"
+    saving = {"save": folder / "checkpoints", "load": folder / "checkpoints", "save_interval": 2}
+    mixing = {"sft_data": write_answers(tmp_path), "sft_steps": 3, "opd_off_policy_fraction": 0.25, "lambda_sft": 2.0}
+    table = run_and_repeat(tiny_flags(folder, num_rollout=5, lr=1e-3, **saving, **mixing), folder, step=2)
     assert [row["off_policy_share"] for row in table] == [1.0, 1.0, 1.0, 0.25, 0.25]
     assert ["reward_mean" in row for row in table] == [False, False, False, True, True]
     assert [row["time_rollout"] == 0 for row in table] == [True, True, True, False, False]

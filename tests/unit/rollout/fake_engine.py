@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import pickle
 import threading
@@ -47,7 +48,9 @@ class FakeEngineServer:
         self.log_path = Path(f"fake_{number}.log")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.asked: list[tuple[str, Any]] = []
+        self.asked: list[tuple[str, Any]] = []  # a list of n prompts stands there n times
+        self.lists: list[tuple[int, int]] = []  # length of each, and how many answers were written when it came
+        self.written = 0
         self.lives = 0
         self._alive = False
         self._starting = 0.0
@@ -103,6 +106,8 @@ class FakeEngineServer:
             self.die_on = ""
             self.kill()
         life = self.lives
+        if body.get("stream"):
+            return await self._stream(request, _rows(body))
         self.asked.append((request.path, body))
         answer = await self._act(request.path, body) if self._alive else None
         if not self._alive or self.lives != life:
@@ -124,6 +129,29 @@ class FakeEngineServer:
             self.version = body.get("weight_version", self.version)
         return {"success": True}
 
+    async def _stream(self, request: web.Request, rows: list[dict[str, Any]]) -> web.StreamResponse:
+        """Each row's first token, and each whole answer as it is finished, as server-sent events."""
+        self.asked += [(request.path, row) for row in rows]
+        self.lists.append((len(rows), self.written))
+        life = self.lives
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def row(index: int, body: dict[str, Any]) -> None:
+            await send({"index": index, "output_ids": [self.number], "meta_info": {"finish_reason": None}})
+            await send({"index": index, **await self._write(body)})
+
+        async def send(event: dict[str, Any]) -> None:
+            if self._alive and self.lives == life:
+                await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            else:
+                request.transport.close()
+
+        await asyncio.gather(*(row(index, body) for index, body in enumerate(rows)))
+        if request.transport is not None:
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
     async def _write(self, body: dict[str, Any]) -> Any:
         count = body["sampling_params"]["max_new_tokens"]
         if count == 0:  # scoring
@@ -136,6 +164,7 @@ class FakeEngineServer:
             if not self.paused:
                 entries.append([-self.w, self.number, None])
                 versions.append(self.version)
+        self.written += 1
         starts = [i for i, version in enumerate(versions) if i == 0 or version != versions[i - 1]]
         return {
             "output_ids": [self.number] * len(entries),
@@ -146,3 +175,8 @@ class FakeEngineServer:
                 "weight_versions": [{"start": i, "end": 0, "version": versions[i]} for i in starts],
             },
         }
+
+
+def _rows(body: dict[str, Any]) -> list[dict[str, Any]]:
+    lists = zip(body["input_ids"], body["sampling_params"], strict=True)
+    return [body | {"input_ids": ids, "sampling_params": params} for ids, params in lists]

@@ -13,7 +13,7 @@ from opd.rollout.journal_values import NotKept, decoded, encoded
 from opd.rollout.journaled import JournaledEngine, JournaledReward
 from opd.types import GenerationRequest, GenerationResult, Sample, SampleStatus, SamplingParams, TopLogprobs
 
-REQUESTS = [GenerationRequest(key=k, prompt_ids=(5, k)) for k in range(8, 12)]  # step 3 of 4 samples each
+REQUESTS = [GenerationRequest(key=k, prompt_ids=(5, k)) for k in range(8, 12)]  # of step 3
 PROBE = [-1.25, -0.5, -2.0]
 
 
@@ -47,8 +47,10 @@ class Engine:
 
 
 def journal(folder, **changes):
-    options = {"identity": {"rollout_seed": 42}, "samples_per_rollout": 4, "resumed_step": 2}
-    return RolloutJournal(folder / "journal", **options | changes)
+    options = {"identity": {"rollout_seed": 42}, "resumed_step": 2}
+    kept = RolloutJournal(folder / "journal", **options | changes)
+    kept.begin(3)
+    return kept
 
 
 def start(folder, *, lives=99, probe=PROBE, version=2, **changes):
@@ -115,6 +117,19 @@ def test_answers_of_weights_older_than_the_checkpoint(tmp_path, staleness, besid
     engine, inner, _ = start(tmp_path, probe=[-9.0], **options)
     list(engine.generate(REQUESTS, SamplingParams()))
     assert inner.asked == asked
+
+
+def test_each_round_of_an_answer_is_kept(tmp_path):
+    """--partial-rollout asks for the same answer again, with more of it written."""
+    first, second = REQUESTS[0], replace(REQUESTS[0], prompt_ids=(5, 8, 8, 7), written=2)
+    engine, _, kept = start(tmp_path)
+    for request in (first, second):
+        list(engine.generate([request], SamplingParams()))
+    kept.close()
+    engine, inner, _ = start(tmp_path)
+    for request in (first, second, replace(second, written=1)):
+        list(engine.generate([request], SamplingParams()))
+    assert inner.asked == [8]  # the last: the same tokens, of which one more belongs to the prompt
 
 
 @pytest.mark.parametrize("torn", [1, 30])
@@ -208,8 +223,9 @@ def test_a_full_disk_costs_the_journal_only(tmp_path, caplog):
 
 def test_a_checkpoint_replaces_the_journals_before_it(tmp_path):
     kept = journal(tmp_path, resumed_step=0)
-    for index in (0, 4, 8):  # steps 1, 2, 3
-        kept.keep_reward(sample(index), 1.0, metadata={})
+    for step in (1, 2, 3):
+        kept.begin(step)
+        kept.keep_reward(sample(), 1.0, metadata={})
     kept.superseded(2)
     assert [path.name for path in (tmp_path / "journal").iterdir()] == ["step_0000003.jsonl"]
     kept.keep_reward(sample(9), 1.0, metadata={})
@@ -219,8 +235,9 @@ def test_a_checkpoint_replaces_the_journals_before_it(tmp_path):
 
 def test_without_checkpoints_in_between_only_the_last_journals_stay(tmp_path):
     kept = journal(tmp_path, resumed_step=0, keep_steps=1)
-    for index in (0, 4, 8, 12):
-        kept.keep_reward(sample(index), 1.0, metadata={})
+    for step in (1, 2, 3, 4):
+        kept.begin(step)
+        kept.keep_reward(sample(), 1.0, metadata={})
     names = sorted(path.name for path in (tmp_path / "journal").iterdir())
     assert names == ["step_0000003.jsonl", "step_0000004.jsonl"]
 

@@ -177,6 +177,18 @@ def test_answers_to_a_prompt_stay_together_and_prompts_are_spread(start: Callabl
     assert Counter(servers.pop() for servers in homes.values()) == {1: 3, 2: 3}
 
 
+def test_the_first_answer_to_a_long_prompt_goes_ahead_until_the_prompt_is_computed(
+    start: Callable[..., SGLangEngine],
+) -> None:
+    """A short prompt's answers, and what one answer alone is wanted to, go in one request."""
+    server = FakeEngineServer(token_seconds=0.01)
+    engine = start(server)
+    long, short, alone = tuple(range(64)), (3, 4), tuple(range(70))
+    asked = [GenerationRequest(key=k, prompt_ids=p) for k, p in enumerate([long] * 4 + [short] * 4 + [alone])]
+    assert len(list(engine.generate(asked, PARAMS))) == 9
+    assert server.lists == [(1 + 4 + 1, 0), (3, 0)]  # the first one's siblings do not wait for its end
+
+
 def test_a_slow_server_gets_fewer_prompts(start: Callable[..., SGLangEngine]) -> None:
     engine = start(FakeEngineServer(1), FakeEngineServer(2, token_seconds=0.02), limit=2)
     written = Counter(result.response_ids[0] for result in engine.generate(requests(12, 2), PARAMS))

@@ -52,6 +52,15 @@ def test_gpu_server() -> None:
     assert command[-4:] == ["--trust-remote-code", "--api-key", "k", "--enable-metrics"]
 
 
+def test_a_server_that_can_give_its_memory_away_does_not_generate_for_health_checks() -> None:
+    options = ServerOptions(model_path="m", device="cuda", memory_saver=True)
+    assert "--enable-memory-saver" in server_command(options, host="h", port=1)
+    assert "--enable-memory-saver" not in server_command(ServerOptions(model_path="m"), host="h", port=1)
+    name = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+    assert server_environment({}, device="cuda", memory_saver=True)[name] == "false"
+    assert name not in server_environment({}, device="cuda")
+
+
 def test_environment_hides_the_launchers_ranks_and_finds_the_package() -> None:
     base = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1", "PYTHONPATH": "/x", "HOME": "/h"}
     base["OMP_NUM_THREADS"] = "2"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from opd.errors import EngineError
 from opd.serving import router
-from opd.serving.process import OwnedProcess
+from opd.serving.process import OwnedProcess, wait_for_port
 
 pytestmark = pytest.mark.unit
 
@@ -64,3 +66,16 @@ def test_a_missing_router_package_is_said(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(router, "PACKAGE", "no_such_router")
     with pytest.raises(EngineError, match=r"--use-sglang-router.*pip install sglang-router"):
         router.SGLangRouter(["http://127.0.0.1:1"], log_path=tmp_path / "router.log")
+
+
+def test_a_port_is_waited_for_and_one_that_stays_in_use_is_refused() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(EngineError, match=f"port {port} of 127.0.0.1 is in use"):
+            wait_for_port("127.0.0.1", port, timeout_s=0)
+        started = time.monotonic()
+        threading.Timer(0.3, listener.close).start()
+        wait_for_port("127.0.0.1", port, timeout_s=10)
+        assert time.monotonic() - started >= 0.3

@@ -1,0 +1,151 @@
+"""The critic's own ranks: a world beside that of the training ranks, which serves their rank 0."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from opd.cluster.batch_shares import Values, gathered
+from opd.cluster.place import CriticLink
+from opd.cluster.processes import ClusterError
+from opd.cluster.remote_critic import receive, send
+from opd.config.schema import Config
+from opd.data.batching import data_parallel_share
+from opd.errors import UserError
+from opd.types import TokenBatch
+
+if TYPE_CHECKING:
+    from opd.megatron_backend.critic import MegatronCritic
+
+logger = logging.getLogger(__name__)
+
+# Ranks that wait for the next request wait in a collective, which gives up after --distributed-timeout-minutes.
+IDLE_SECONDS = 20.0
+Request = tuple[str, Any]
+
+
+def serve_critic(config: Config, link: CriticLink) -> None:
+    """Returns when the training ranks let the critic go. RANK and WORLD_SIZE are of the critic's world.
+
+    Args:
+        config: with the critic's ranks in the place of the training ranks.
+
+    Raises:
+        ClusterError: the training ranks are gone.
+    """
+    from opd.megatron_backend import device, groups
+
+    rank_device = device.install()
+    from opd.megatron_backend.build import join_world
+
+    join_world(config, rank_device)
+    requests = _Requests(link) if dist.get_rank() == 0 else None
+    critic = _Served(config)
+    try:
+        while True:
+            name, argument = _shared(requests.next() if requests is not None else None)
+            if name == "close":
+                return
+            if name == "idle":
+                continue
+            answer = critic.answer(name, argument)
+            if requests is not None:
+                requests.reply(answer)
+    finally:
+        groups.shutdown()
+
+
+class _Served:
+    """Does what is asked, on every rank of the critic's world."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._critic: MegatronCritic | None = None
+
+    def answer(self, name: str, argument: Any) -> Any:
+        """What rank 0 sends back; an error for the person at the terminal is an answer too."""
+        try:
+            return getattr(self, f"_{name}")(argument)
+        except UserError as error:
+            return error
+
+    def _build(self, resumed_step: int | None) -> None:
+        from opd.megatron_backend.build import build_critic
+
+        self._critic = build_critic(self._config, resumed_step=resumed_step)
+
+    def _forward_values(self, batch: TokenBatch) -> Values | None:
+        from megatron.core import parallel_state as mpu
+
+        share = self._critic.forward_values(_share(batch))
+        whole = gathered(share.with_(values_T=share.values_T.detach().cpu()), mpu.get_data_parallel_group())
+        return None if whole is None else Values.of(whole)
+
+    def _update(self, batch: TokenBatch) -> dict[str, float]:
+        return self._critic.start_update(_share(batch))()
+
+    def _save(self, iteration: int) -> None:
+        self._critic.save(iteration)
+
+
+def _share(batch: TokenBatch) -> TokenBatch:
+    from megatron.core import parallel_state as mpu
+
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    return batch.select(data_parallel_share(batch, rank=rank, size=size))
+
+
+def _shared(request: Request | None) -> Request:
+    """Rank 0's request on all ranks."""
+    box = [request]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class _Requests:
+    """Takes the training ranks' requests, on a thread, so that waiting for them can be interrupted by "idle"."""
+
+    def __init__(self, link: CriticLink) -> None:
+        self._listener = Listener((link.host, link.port), authkey=link.secret)
+        self._queue: queue.SimpleQueue[Request | EOFError | OSError] = queue.SimpleQueue()
+        self._connection: Connection | None = None
+        threading.Thread(target=self._receive, name="critic requests", daemon=True).start()
+
+    def next(self) -> Request:
+        """("idle", None) when there is none for a while.
+
+        Raises:
+            ClusterError: the training ranks are gone.
+        """
+        try:
+            request = self._queue.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            return "idle", None
+        if isinstance(request, OSError | EOFError):
+            raise ClusterError("the connection to the training ranks broke: one of them has ended") from request
+        return request
+
+    def reply(self, answer: Any) -> None:
+        try:
+            send(self._connection, answer)
+        except OSError as error:
+            raise ClusterError("the connection to the training ranks broke: one of them has ended") from error
+
+    def _receive(self) -> None:
+        while self._connection is None:
+            try:
+                self._connection = self._listener.accept()
+            except (OSError, EOFError, AuthenticationError) as error:
+                logger.warning("a connection to the critic was refused: %s", type(error).__name__)
+        try:
+            while True:
+                self._queue.put(receive(self._connection))
+        except (OSError, EOFError) as error:
+            self._queue.put(error)
