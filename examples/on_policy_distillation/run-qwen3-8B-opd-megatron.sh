@@ -5,40 +5,19 @@
 #   source scripts/models/qwen3-8B.sh
 #   python tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" --hf-checkpoint $BASE/Qwen3-8B --save $BASE/Qwen3-8B_torch_dist
 #   (the teacher likewise, into $TEACHER; a Hugging Face folder will do as well)
-#   bash examples/on_policy_distillation/run-qwen3-8B-opd-megatron.sh
+#   bash examples/on_policy_distillation/run-qwen3-8B-opd-megatron.sh [more train.py flags]
 #
-# DRY_RUN=1 prints the plan instead and starts nothing. BASE holds models and data.
+# DRY_RUN=1 prints the plan and the memory instead and starts nothing. BASE holds models and data.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 BASE=${BASE:-/root}
 RUN=${RUN:-outputs/qwen3-8B-opd-megatron}
 TEACHER=${TEACHER:-$BASE/Qwen3-32B_torch_dist}
-PYTHON=${PYTHON:-python}
-
+STUDENT=Qwen3-8B
 source scripts/models/qwen3-8B.sh
-
-CKPT_ARGS=(
-   --hf-checkpoint "$BASE/Qwen3-8B"
-   --ref-load "$BASE/Qwen3-8B_torch_dist"
-   --load "$RUN/checkpoints"
-   --save "$RUN/checkpoints"
-   --save-interval 20
-)
-
-ROLLOUT_ARGS=(
-   --prompt-data "$BASE/dapo-math-17k/dapo-math-17k.jsonl"
-   --input-key prompt
-   --label-key label
-   --apply-chat-template
-   --rollout-shuffle
-   --num-rollout 300
-   --rollout-batch-size 16
-   --n-samples-per-prompt 4
-   --rollout-max-response-len 16384
-   --rollout-temperature 1.0
-   --global-batch-size 64
-)
+source scripts/lib/math_recipe.sh
+source scripts/lib/launch.sh
 
 ENGINE_ARGS=(
    --rollout-engine sglang
@@ -47,41 +26,14 @@ ENGINE_ARGS=(
    --sglang-mem-fraction-static 0.8
 )
 
-# The task reward is measured beside the teacher's scores, and judges the evaluation.
-RM_ARGS=(
-   --rm-type math
-)
-
-EVAL_ARGS=()
-if [[ -n ${EVAL_DATA:-} ]]; then
-   EVAL_ARGS=(
-      --eval-interval 20
-      --eval-prompt-data math500 "$EVAL_DATA"
-      --n-samples-per-eval-prompt 1
-      --eval-max-response-len 16384
-   )
-fi
-
 PERF_ARGS=(
    --actor-num-nodes 1
    --actor-num-gpus-per-node 4
-   --tensor-model-parallel-size 2
+   --tensor-model-parallel-size 4  # a quarter of the 32B teacher beside the student while it scores
    --sequence-parallel
    --pipeline-model-parallel-size 1
    --context-parallel-size 1
-   --recompute-granularity full
-   --recompute-method uniform
-   --recompute-num-layers 1
-   --use-dynamic-batch-size
-   --max-tokens-per-gpu 16384
-   --use-distributed-optimizer
-   --bf16
-)
-
-GRPO_ARGS=(
-   --advantage-estimator grpo
-   --eps-clip 0.2
-   --eps-clip-high 0.28
+   --no-use-distributed-optimizer  # it shards over data-parallel ranks, and here is one
 )
 
 OPD_ARGS=(
@@ -91,28 +43,10 @@ OPD_ARGS=(
    --opd-teacher-load "$TEACHER"
 )
 
-OPTIMIZER_ARGS=(
-   --optimizer adam
-   --lr 1e-6
-   --lr-decay-style constant
-   --weight-decay 0.1
-   --adam-beta1 0.9
-   --adam-beta2 0.98
-)
-
-LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node 4)
-[[ -z ${DRY_RUN:-} ]] || LAUNCH=("$PYTHON")
-
-"${LAUNCH[@]}" train.py \
+start_training 4 \
    "${MODEL_ARGS[@]}" \
-   "${CKPT_ARGS[@]}" \
-   "${ROLLOUT_ARGS[@]}" \
+   "${RECIPE_ARGS[@]}" \
    "${ENGINE_ARGS[@]}" \
-   "${RM_ARGS[@]}" \
-   "${EVAL_ARGS[@]}" \
    "${PERF_ARGS[@]}" \
-   "${GRPO_ARGS[@]}" \
    "${OPD_ARGS[@]}" \
-   "${OPTIMIZER_ARGS[@]}" \
-   --output-dir "$RUN" \
-   ${DRY_RUN:+--dry-run} "$@"
+   "$@"

@@ -4,44 +4,19 @@
 #
 #   source scripts/models/qwen3-8B.sh
 #   python tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" --hf-checkpoint $BASE/Qwen3-8B --save $BASE/Qwen3-8B_torch_dist
-#   bash examples/on_policy_distillation/run-qwen3-8B-opd.sh
+#   bash examples/on_policy_distillation/run-qwen3-8B-opd.sh [more train.py flags]
 #
-# DRY_RUN=1 prints the plan instead and starts nothing. BASE holds models and data; TEACHER_URL names a server that is
-# already running somewhere else, and then none is started here.
+# DRY_RUN=1 prints the plan and the memory instead and starts nothing. BASE holds models and data; TEACHER_URL names a
+# server that is already running somewhere else, and then none is started here. scripts/lib/ has the rest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 BASE=${BASE:-/root}
 RUN=${RUN:-outputs/qwen3-8B-opd}
-TEACHER_PORT=${TEACHER_PORT:-13141}
-TEACHER_GPUS=${TEACHER_GPUS:-6,7}
-TRAIN_GPUS=${TRAIN_GPUS:-0,1,2,3,4,5}
-PYTHON=${PYTHON:-python}
-
+STUDENT=Qwen3-8B
 source scripts/models/qwen3-8B.sh
-source scripts/lib/sglang_server.sh
-
-CKPT_ARGS=(
-   --hf-checkpoint "$BASE/Qwen3-8B"
-   --ref-load "$BASE/Qwen3-8B_torch_dist"
-   --load "$RUN/checkpoints"
-   --save "$RUN/checkpoints"
-   --save-interval 20
-)
-
-ROLLOUT_ARGS=(
-   --prompt-data "$BASE/dapo-math-17k/dapo-math-17k.jsonl"
-   --input-key prompt
-   --label-key label
-   --apply-chat-template
-   --rollout-shuffle
-   --num-rollout 300
-   --rollout-batch-size 16
-   --n-samples-per-prompt 4
-   --rollout-max-response-len 16384
-   --rollout-temperature 1.0
-   --global-batch-size 64
-)
+source scripts/lib/math_recipe.sh
+source scripts/lib/launch.sh
 
 ENGINE_ARGS=(
    --rollout-engine sglang
@@ -50,24 +25,6 @@ ENGINE_ARGS=(
    --sglang-mem-fraction-static 0.8
 )
 
-# The task reward is measured beside the teacher's scores, and judges the evaluation.
-RM_ARGS=(
-   --rm-type math
-   --custom-rm-path opd.rewards.on_policy_distillation.reward_func
-   --custom-reward-post-process-path opd.rewards.on_policy_distillation.post_process_rewards
-   --rm-url "${TEACHER_URL:-http://127.0.0.1:$TEACHER_PORT}/generate"
-)
-
-EVAL_ARGS=()
-if [[ -n ${EVAL_DATA:-} ]]; then
-   EVAL_ARGS=(
-      --eval-interval 20
-      --eval-prompt-data math500 "$EVAL_DATA"
-      --n-samples-per-eval-prompt 1
-      --eval-max-response-len 16384
-   )
-fi
-
 PERF_ARGS=(
    --actor-num-nodes 1
    --actor-num-gpus-per-node 4
@@ -75,56 +32,25 @@ PERF_ARGS=(
    --sequence-parallel
    --pipeline-model-parallel-size 1
    --context-parallel-size 1
-   --recompute-granularity full
-   --recompute-method uniform
-   --recompute-num-layers 1
-   --use-dynamic-batch-size
-   --max-tokens-per-gpu 16384
-   --use-distributed-optimizer
-   --bf16
 )
 
-GRPO_ARGS=(
-   --advantage-estimator grpo
-   --eps-clip 0.2
-   --eps-clip-high 0.28
-)
+serve_teacher "$BASE/Qwen3-32B" "${TEACHER_GPUS:-6,7}" \
+   --tp-size 2 --mem-fraction-static 0.8 --chunked-prefill-size 4096
 
 OPD_ARGS=(
    --use-opd
    --opd-type sglang
    --opd-kl-coef 1.0
+   --rm-url "$TEACHER_URL/generate"
+   --custom-rm-path opd.rewards.on_policy_distillation.reward_func
+   --custom-reward-post-process-path opd.rewards.on_policy_distillation.post_process_rewards
 )
 
-OPTIMIZER_ARGS=(
-   --optimizer adam
-   --lr 1e-6
-   --lr-decay-style constant
-   --weight-decay 0.1
-   --adam-beta1 0.9
-   --adam-beta2 0.98
-)
-
-if [[ -z ${DRY_RUN:-} && -z ${TEACHER_URL:-} ]]; then
-   export SGLANG_HOST=127.0.0.1
-   CUDA_VISIBLE_DEVICES=$TEACHER_GPUS start_sglang_server "$BASE/Qwen3-32B" "$TEACHER_PORT" "$RUN/teacher.log" \
-      --tp-size 2 --mem-fraction-static 0.8 --chunked-prefill-size 4096
-   wait_for_server "http://127.0.0.1:$TEACHER_PORT" 900
-fi
-
-LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node 4)
-[[ -z ${DRY_RUN:-} ]] || LAUNCH=("$PYTHON")
-
-CUDA_VISIBLE_DEVICES=$TRAIN_GPUS "${LAUNCH[@]}" train.py \
+export CUDA_VISIBLE_DEVICES=${TRAIN_GPUS:-0,1,2,3,4,5}
+start_training 4 \
    "${MODEL_ARGS[@]}" \
-   "${CKPT_ARGS[@]}" \
-   "${ROLLOUT_ARGS[@]}" \
+   "${RECIPE_ARGS[@]}" \
    "${ENGINE_ARGS[@]}" \
-   "${RM_ARGS[@]}" \
-   "${EVAL_ARGS[@]}" \
    "${PERF_ARGS[@]}" \
-   "${GRPO_ARGS[@]}" \
    "${OPD_ARGS[@]}" \
-   "${OPTIMIZER_ARGS[@]}" \
-   --output-dir "$RUN" \
-   ${DRY_RUN:+--dry-run} "$@"
+   "$@"

@@ -8,6 +8,7 @@ from opd.config.file_rules import missing_student_weights
 from opd.config.flags import flag_text
 from opd.config.queries import GROUP_ESTIMATORS, has_task_reward, task_reward_acts
 from opd.config.schema import Config
+from opd.config.slime_flags import translation_notes
 
 
 def warnings(config: Config) -> list[str]:
@@ -21,6 +22,7 @@ def _warnings(config: Config) -> Iterator[str]:
     yield from _rollout_warnings(config)
     yield from _schedule_warnings(config)
     yield from _file_warnings(config)
+    yield from translation_notes(config.slime.translated_flags or [])
 
 
 def _signal_warnings(config: Config) -> Iterator[str]:

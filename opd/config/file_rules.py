@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from opd.config.flags import flag_text
+from opd.config.launch_rules import launch_environment_rules, served_teacher_folder_rules
 from opd.config.off_policy_rules import writing_teacher_file_rules
 from opd.config.paths import check_function
 from opd.config.schema import Config
@@ -23,6 +24,7 @@ def file_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     yield from _package_rules(config)
     yield from _launcher_rules(config, environ)
     yield from teacher_server_file_rules(config)
+    yield from served_teacher_folder_rules(config)
     for name in ("custom_rm_path", "custom_reward_post_process_path", "custom_advantage_function_path"):
         path = config.flat()[name]
         if path is not None:
@@ -165,12 +167,4 @@ def _launcher_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]
         )
     if config.output.dry_run:
         return  # a plan for eight devices may be made on a laptop
-    started, wanted = environ.get("WORLD_SIZE", "1"), config.parallel.world_size
-    if started != str(wanted):
-        per_node = config.parallel.actor_num_gpus_per_node
-        yield (
-            f"{wanted} training ranks are asked for (--actor-num-nodes {config.parallel.actor_num_nodes} x "
-            "--actor-num-gpus-per-node "
-            f"{per_node}) and {started} started. Start with `torchrun --nproc-per-node {per_node} train.py`, or "
-            "change the flags."
-        )
+    yield from launch_environment_rules(config, environ)

@@ -6,14 +6,19 @@ from collections.abc import Iterator
 
 from opd.config.algorithm_rules import algorithm_rules
 from opd.config.async_rules import async_rules
+from opd.config.checkpoint_rules import checkpoint_rules
 from opd.config.distillation_rules import distillation_rules
 from opd.config.flags import flag_text
+from opd.config.launch_rules import launch_flag_rules
+from opd.config.layout_rules import layout_rules
 from opd.config.lora_rules import lora_rules
 from opd.config.mixture_rules import mixture_rules
 from opd.config.off_policy_rules import off_policy_rules, written_with_teacher_rules
+from opd.config.partial_rules import partial_rules
 from opd.config.paths import split_path
 from opd.config.queries import OPD_REWARD_MODULE, given, has_task_reward, uses_opd_reward
 from opd.config.schema import Config
+from opd.config.slime_rules import slime_rules
 from opd.config.teacher_rules import opd_rules
 from opd.config.teacher_tokenizer_rules import teacher_tokenizer_rules
 
@@ -28,13 +33,16 @@ def flag_rules(config: Config) -> Iterator[str]:
     yield from off_policy_rules(config)
     yield from mixture_rules(config)
     yield from written_with_teacher_rules(config)
+    yield from partial_rules(config)
     yield from async_rules(config)
     yield from optimizer_rules(config)
     yield from layout_rules(config)
+    yield from launch_flag_rules(config)
     yield from eval_rules(config)
     yield from checkpoint_rules(config)
     yield from output_rules(config)
     yield from lora_rules(config)
+    yield from slime_rules(config)
     yield from required_rules(config)
 
 
@@ -114,53 +122,6 @@ def optimizer_rules(config: Config) -> Iterator[str]:
         )
 
 
-def layout_rules(config: Config) -> Iterator[str]:
-    parallel = config.parallel
-    if parallel.world_size % parallel.model_parallel_size:
-        yield (
-            f"{parallel.world_size} training ranks (--actor-num-nodes {parallel.actor_num_nodes} x "
-            "--actor-num-gpus-per-node "
-            f"{parallel.actor_num_gpus_per_node}) must be a multiple of {parallel.model_parallel_size} "
-            f"(--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} x --context-parallel-size {parallel.context_parallel_size}). "
-            "Add ranks, or lower a parallel size."
-        )
-    else:
-        replicas = parallel.world_size // parallel.model_parallel_size
-        if config.samples_per_rollout and config.global_batch_size < replicas:
-            name = "global_batch_size" if config.algorithm.global_batch_size else "rollout_batch_size"
-            yield (
-                f"{config.global_batch_size} samples per optimizer step are too few for {replicas} data-parallel "
-                "ranks: each needs "
-                f"one. Raise {flag_text(name)}, or start fewer ranks."
-            )
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        yield (
-            "`--sequence-parallel` needs `--tensor-model-parallel-size` of at least 2: it shards over that group. "
-            "Raise the size, or drop it."
-        )
-    yield from _recompute_rules(config)
-
-
-def _recompute_rules(config: Config) -> Iterator[str]:
-    parallel = config.parallel
-    extras = {"recompute_method": parallel.recompute_method, "recompute_num_layers": parallel.recompute_num_layers}
-    if parallel.recompute_granularity == "full":
-        for name, value in extras.items():
-            if value is None:
-                yield (
-                    f"`--recompute-granularity=full` needs {flag_text(name)}. Give `--recompute-method=uniform "
-                    "--recompute-num-layers=1`."
-                )
-    else:
-        for name, value in extras.items():
-            if value is not None:
-                got = f"got `{parallel.recompute_granularity}`" if parallel.recompute_granularity else "it is not given"
-                yield (
-                    f"{flag_text(name, value)} needs `--recompute-granularity=full` ({got}). Add it, or drop the flag."
-                )
-
-
 def eval_rules(config: Config) -> Iterator[str]:
     evaluation = config.eval
     sets = evaluation.eval_prompt_data
@@ -196,16 +157,6 @@ def eval_rules(config: Config) -> Iterator[str]:
             "`--eval-temperature=0.0` "
             "writes the same greedy answer each time. Give a temperature above 0, or 1 sample."
         )
-
-
-def checkpoint_rules(config: Config) -> Iterator[str]:
-    checkpoint = config.checkpoint
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield f"{flag_text('save_interval', checkpoint.save_interval)} needs `--save`. Give the folder for checkpoints."
-    if checkpoint.load is None:
-        for name in ("finetune", "no_load_optim", "no_load_rng"):
-            if getattr(checkpoint, name):
-                yield f"{flag_text(name)} needs `--load`. Give the checkpoint folder, or drop it."
 
 
 def output_rules(config: Config) -> Iterator[str]:

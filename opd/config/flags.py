@@ -12,6 +12,9 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from opd.config.schema import Config
+from opd.config.slime_flags import DEFAULTS as SLIME_DEFAULTS
+from opd.config.slime_flags import dependent_defaults, translate
+from opd.config.slime_table import FLAGS as SLIME_FLAGS
 from opd.errors import UserError
 
 
@@ -27,23 +30,35 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(argv: list[str]) -> Config:
     """Parses without checking rules between flags (see ``validate.check``).
 
-    With ``--config FILE`` the file's values take the place of the defaults, so a flag overrides them.
+    With ``--config FILE`` the file's values take the place of the defaults, so a flag overrides them. Flags of slime's
+    that the schema does not have are read by ``slime_flags``.
 
     Raises:
-        ConfigError: unknown flag, wrong type or choice, or a file with one of these.
+        ConfigError: unknown flag, wrong type or choice, a file with one of these, or a flag of slime's that is refused.
     """
     parser = build_parser()
+    argv = _from_slime(parser, argv)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ConfigError(_unknown_flag_message(parser, unknown[0]))
-    if namespace.config is not None:
-        parser.set_defaults(**_config_file_values(namespace.config))
+    from_file = {} if namespace.config is None else _config_file_values(namespace.config)
+    if from_file:
+        parser.set_defaults(**from_file)
+        namespace = parser.parse_args(argv)
+    if namespace.slime_defaults:
+        parser.set_defaults(**SLIME_DEFAULTS | from_file)
+        parser.set_defaults(**dependent_defaults(parser.parse_args(argv)) | from_file)
         namespace = parser.parse_args(argv)
     sections = {}
     for section in fields(Config):
         section_type = type(getattr(Config(), section.name))
         sections[section.name] = section_type(**{f.name: getattr(namespace, f.name) for f in fields(section_type)})
     return Config(**sections)
+
+
+def _from_slime(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    known = {option for action in parser._actions for option in action.option_strings}
+    return translate(argv, known, refuse=ConfigError)
 
 
 def _config_file_values(paths: list[str]) -> dict[str, Any]:
@@ -117,6 +132,7 @@ def _unknown_flag_message(parser: argparse.ArgumentParser, token: str) -> str:
     name = token.split("=", 1)[0]
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     known = [option for action in shown for option in action.option_strings]
+    known += [f"--{option}" for option, treatment in SLIME_FLAGS.items() if treatment.kind != "refused"]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean `{close[0]}`?" if close else " `train.py --help` lists every flag."
     kind = "flag" if name.startswith("-") else "argument"

@@ -1,6 +1,6 @@
 """What a Hugging Face ``config.json`` says about a model, read with json alone: transformers takes seconds to import.
 
-Symbols: V vocabulary, H hidden size, F ffn size, D dimensions per head.
+Symbols: V vocabulary, H hidden size, F ffn size, D dimensions per head, E experts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from opd.config.flags import ConfigError
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # What transformers assumes when config.json leaves a key out.
 _HEAD_DIM_DEFAULT = {"qwen3": 128}
 _ROPE_TYPES = ("default", "llama3")
@@ -20,7 +20,11 @@ _ROPE_TYPES = ("default", "llama3")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """Shape of a dense decoder; field names are the MODEL flags' where a flag exists."""
+    """Shape of a decoder; field names are the MODEL flags' where a flag exists.
+
+    A mixture of experts has them in every layer, ``num_experts`` of ``moe_ffn_hidden_size`` each, of which a token
+    visits ``moe_router_topk``; all three are 0 in a dense model.
+    """
 
     source: Path
     family: str
@@ -38,6 +42,9 @@ class ModelFacts:
     add_qkv_bias: bool
     qk_layernorm: bool
     untie_embeddings_and_output_weights: bool
+    num_experts: int = 0
+    moe_router_topk: int = 0
+    moe_ffn_hidden_size: int = 0
 
     @property
     def attention_parameters(self) -> int:
@@ -50,8 +57,20 @@ class ModelFacts:
         return weights + bias + norms
 
     @property
+    def expert_parameters(self) -> int:
+        """Of all experts of one layer; the router, a matrix E x H, is not among them."""
+        return self.num_experts * 3 * self.hidden_size * self.moe_ffn_hidden_size
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Of one layer: gate, up and down projections, or the router and all experts."""
+        if self.num_experts:
+            return self.num_experts * self.hidden_size + self.expert_parameters
+        return 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
     def layer_parameters(self) -> int:
-        return self.attention_parameters + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        return self.attention_parameters + self.mlp_parameters + 2 * self.hidden_size
 
     @property
     def embedding_parameters(self) -> int:
@@ -62,6 +81,12 @@ class ModelFacts:
         """All trained numbers; a tied output head is not counted twice."""
         tables = 2 if self.untie_embeddings_and_output_weights else 1
         return tables * self.embedding_parameters + self.num_layers * self.layer_parameters + self.hidden_size
+
+    @property
+    def active_parameter_count(self) -> int:
+        """Those that one token meets: all of a dense model, ``moe_router_topk`` experts per layer of the others."""
+        unvisited = self.num_experts - self.moe_router_topk
+        return self.parameter_count - self.num_layers * unvisited * 3 * self.hidden_size * self.moe_ffn_hidden_size
 
     @property
     def kv_values_per_token(self) -> int:
@@ -121,6 +146,9 @@ def _check_supported(raw: dict[str, Any], shown: str) -> None:
             (1.0,),
         ),
     }
+    if family == "qwen3_moe":  # experts in every layer
+        wanted["decoder_sparse_step"] = (raw.get("decoder_sparse_step", 1), (1,))
+        wanted["mlp_only_layers"] = (raw.get("mlp_only_layers") or [], ([],))
     if family != "qwen2":  # transformers' Qwen2 has QKV biases always and never reads this key
         wanted["attention_bias"] = (bool(raw.get("attention_bias")), (False,))
     for key, (value, supported) in wanted.items():
@@ -156,9 +184,19 @@ def _facts(raw: dict[str, Any], path: Path, shown: str) -> ModelFacts:
         rotary_base=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         use_rope_scaling=rope.get("rope_type", rope.get("type")) == "llama3",
         add_qkv_bias=family == "qwen2",
-        qk_layernorm=family == "qwen3",
+        qk_layernorm=family in ("qwen3", "qwen3_moe"),
         untie_embeddings_and_output_weights=not raw.get("tie_word_embeddings", False),
+        **(_experts(raw, shown) if family == "qwen3_moe" else {}),
     )
+
+
+def _experts(raw: dict[str, Any], shown: str) -> dict[str, int]:
+    count = "num_local_experts" if "num_local_experts" in raw else "num_experts"  # as transformers 5 and 4 write it
+    return {
+        "num_experts": _integer(raw, count, shown),
+        "moe_router_topk": _integer(raw, "num_experts_per_tok", shown),
+        "moe_ffn_hidden_size": _integer(raw, "moe_intermediate_size", shown),
+    }
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from opd.config.distillation_rules import distillation_model_rules
 from opd.config.flags import flag_text
+from opd.config.layout_rules import student_layout_rules, teacher_layout_rules
 from opd.config.mixture_rules import mixture_model_rules
 from opd.config.model_facts import ModelFacts, find_hf_config, read_model_facts
 from opd.config.schema import Config
@@ -23,6 +24,9 @@ _COMPARED = (
     "max_position_embeddings",
     "norm_epsilon",
     "rotary_base",
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
 )
 _SWITCHES = ("add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "use_rope_scaling")
 
@@ -61,7 +65,7 @@ def max_context_len(config: Config, student: ModelFacts) -> int:
 def model_rules(config: Config) -> Iterator[str]:
     student = student_facts(config)
     yield from _agreement_rules(config, student)
-    yield from _layout_rules(config, student, "the student")
+    yield from student_layout_rules(config, student)
     yield from _length_rules(config, student)
     yield from distillation_model_rules(config, student)
     yield from mixture_model_rules(config, student)
@@ -69,7 +73,7 @@ def model_rules(config: Config) -> Iterator[str]:
     for spec, teacher in coloaded_teachers(config):
         yield from _teacher_rules(config, student, spec, teacher)
         who = "the teacher" if config.opd.opd_teachers is None else f"the teacher `{spec.name}`"
-        yield from _layout_rules(config, teacher, who)
+        yield from teacher_layout_rules(config, student, teacher, who)
 
 
 def _agreement_rules(config: Config, facts: ModelFacts) -> Iterator[str]:
@@ -90,30 +94,6 @@ def _agreement_rules(config: Config, facts: ModelFacts) -> Iterator[str]:
             f"`--group-query-attention` needs `--num-query-groups`. Give {facts.num_query_groups}, the model's own, "
             "or drop both."
         )
-
-
-def _layout_rules(config: Config, facts: ModelFacts, who: str) -> Iterator[str]:
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    counts = {
-        "attention heads": facts.num_attention_heads,
-        "query groups": facts.num_query_groups,
-        "MLP columns": facts.ffn_hidden_size,
-    }  # the vocabulary is padded to fit
-    for what, count in counts.items():
-        if count % tp:
-            yield (
-                f"`--tensor-model-parallel-size={tp}` does not divide the {count} {what} of {who}. "
-                f"Give {_best_divisor(list(counts.values()), tp)}."
-            )
-    if facts.num_layers % pp:
-        yield (
-            f"`--pipeline-model-parallel-size={pp}` does not divide the {facts.num_layers} layers of {who}. "
-            f"Give {_best_divisor([facts.num_layers], pp)}."
-        )
-
-
-def _best_divisor(counts: list[int], limit: int) -> int:
-    return next(n for n in range(limit, 0, -1) if all(count % n == 0 for count in counts))
 
 
 def _length_rules(config: Config, facts: ModelFacts) -> Iterator[str]:

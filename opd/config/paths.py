@@ -12,7 +12,11 @@ from typing import Any
 from opd.config.flags import ConfigError
 
 # slime's launch scripts name its own functions; ours keep the signatures, so such a script runs unchanged.
-_SLIME_MODULES = {"slime.rollout.on_policy_distillation": "opd.rewards.on_policy_distillation"}
+_SLIME_MODULES = {
+    "slime.rollout.on_policy_distillation": "opd.rewards.on_policy_distillation",
+    "examples.on_policy_distillation.on_policy_distillation": "opd.rewards.on_policy_distillation",  # in older ones
+    "opd.plugins.slime": "opd.rewards.on_policy_distillation",  # the same two, as slime itself loads them
+}
 
 
 def load_function(path: str, *, flag: str) -> Callable[..., Any]:

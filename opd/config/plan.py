@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -9,18 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.config.advice import warnings
+from opd.config.assumptions import assumptions
 from opd.config.file_rules import LATEST
-from opd.config.memory import MemoryItem, estimate
+from opd.config.memory import rank_memory
 from opd.config.mixture_rules import prompt_of
 from opd.config.model_facts import ModelFacts
 from opd.config.model_rules import coloaded_teachers, student_facts
+from opd.config.plan_cost import assumption_line, cost_table, traffic_table
+from opd.config.plan_launch import launch_rows
 from opd.config.plan_learning import learning_rows
+from opd.config.plan_memory import memory_table, memory_title
 from opd.config.plan_mixture import mixing_teacher_rows, mixture_line, prompt_line
+from opd.config.plan_teacher import asking_rows
 from opd.config.schema import Config
 from opd.config.teachers import TeacherSpec, teachers
 
-GIB = 2**30
-MIB = 2**20
 Rows = list[tuple[str, str]]
 
 
@@ -47,8 +51,12 @@ def plan(config: Config) -> RenderableType:
     blocks: list[RenderableType] = []
     for title, rows in sections.items():
         blocks += [Text(title, style="bold"), _table(rows)]
-    items = estimate(config, student, list(facts.values()))
-    blocks += [Text("Memory of the heaviest training rank, estimated", style="bold"), _memory_table(items)]
+    coloaded, assumed = list(facts.values()), assumptions(config, student)
+    memory = rank_memory(config, student, coloaded)
+    blocks += [Text(memory_title(config, student, memory), style="bold"), memory_table(memory)]
+    blocks += [Text("A step, expected from sizes and stated speeds", style="bold")]
+    blocks += [cost_table(config, student, coloaded, assumed), _table([("assumed", assumption_line(config, assumed))])]
+    blocks += [Text("Moved per step", style="bold"), traffic_table(config, student, coloaded, assumed)]
     found = warnings(config)
     if found:
         blocks += [Text("Warnings", style="bold yellow"), _table([("-", message) for message in found])]
@@ -63,24 +71,6 @@ def _table(rows: Rows) -> Table:
     for left, right in rows:
         table.add_row(Text(left), Text(right))
     return table
-
-
-def _memory_table(items: list[MemoryItem]) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 1))
-    for justify in ("left", "right", "left"):
-        table.add_column(justify=justify)
-    for item in items:
-        table.add_row(Text(item.name), _size(item.bytes), Text(item.note))
-    resident = sum(item.bytes for item in items if item.resident)
-    # Activations, an awake teacher and the KV cache belong to different parts of the step.
-    peak = resident + max((item.bytes for item in items if not item.resident), default=0)
-    table.add_row(Text("at rest", style="bold"), _size(resident), "between the parts of a step")
-    table.add_row(Text("peak", style="bold"), _size(peak), "with the largest of activations, teacher and KV cache")
-    return table
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
 def _model_line(facts: ModelFacts, config: Config) -> str:
@@ -120,6 +110,7 @@ def _teacher_rows(config: Config, facts: dict[str, ModelFacts]) -> Rows:
         rows = [(f"teacher {t.name}", _teacher_line(config, t, facts.get(t.name))) for t in found]
     if len(found) > 1:
         rows.append(("combined", _combination_line(config, found)))
+    rows += asking_rows(config, found)
     if opd.opd_teacher_tokenizer is not None:
         rows.append(("teacher reads", f"the answer's text, in the tokens of {opd.opd_teacher_tokenizer}"))
     sees = prompt_line(prompt_of(config, "opd_teacher"))
@@ -129,8 +120,9 @@ def _teacher_rows(config: Config, facts: dict[str, ModelFacts]) -> Rows:
 def _teacher_line(config: Config, teacher: TeacherSpec, facts: ModelFacts | None) -> str:
     opd = config.opd
     if facts is None:
+        where = teacher.location or f"that the run starts for {opd.opd_teacher_serve}"
         return (
-            f"server at {teacher.location}, {opd.opd_teacher_concurrency} requests in flight, "
+            f"server {'at ' if teacher.location else ''}{where}, {opd.opd_teacher_concurrency} requests in flight, "
             f"{opd.opd_teacher_retries} retries of {opd.opd_teacher_timeout:g} s"
         )
     if teacher.location is None:
@@ -163,12 +155,6 @@ def _process_rows(config: Config) -> Rows:
         layout += ", sequence parallel"
     if parallel.use_distributed_optimizer:
         layout += ", optimizer states sharded"
-    nodes, per_node = parallel.actor_num_nodes, parallel.actor_num_gpus_per_node
-    start = "python train.py"
-    if nodes > 1:
-        start = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} train.py, on each machine"
-    elif per_node > 1:
-        start = f"torchrun --nproc-per-node {per_node} train.py"
     decode = "torch engine inside the first training process"
     if rollout.rollout_engine == "sglang":
         size = rollout.rollout_num_gpus_per_engine
@@ -180,9 +166,8 @@ def _process_rows(config: Config) -> Rows:
         decode += f"; {mixture_line(config)}"
     return [
         ("training", f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''}: {layout}"),
-        ("start with", start),
+        *launch_rows(config, os.environ),
         ("rollout", decode),
-        *([("critic", "on the same ranks, in the same layout")] if config.uses_critic else []),
     ]
 
 
@@ -200,6 +185,7 @@ def _rollout_rows(config: Config) -> Rows:
         ),
         ("prompts", f"{config.data.prompt_data}{', shuffled' if config.data.rollout_shuffle else ''}"),
         *([("order", _ahead_row(config))] if config.rollouts_ahead else []),
+        *([("set aside", _partial_row(config))] if rollout.partial_rollout else []),
     ]
 
 
@@ -211,6 +197,20 @@ def _ahead_row(config: Config) -> str:
     if rollout.async_ratio_gate is not None:
         low, high = rollout.async_ratio_gate
         parts.append(f"left out where that is outside [{low:g}, {high:g}]")
+    return "; ".join(parts)
+
+
+def _partial_row(config: Config) -> str:
+    rollout, aside = config.rollout, config.prompts_set_aside
+    learned = rollout.rollout_batch_size or 0
+    parts = [
+        f"of {learned + aside} prompts in flight the first {learned} with all their answers are learned from, looked "
+        f"for every {config.partial_tokens:,} tokens of an answer; {aside} go on in the next rollout"
+    ]
+    if rollout.mask_offpolicy_in_partial_rollout:
+        parts.append("what an earlier rollout wrote is left out of every loss")
+    elif config.weighs_importance and config.rollouts_ahead == 0:
+        parts.append("each token weighed by its importance ratio")
     return "; ".join(parts)
 
 
@@ -239,5 +239,16 @@ def _file_rows(config: Config) -> Rows:
             if checkpoint.save_interval is None
             else f"every {checkpoint.save_interval} rollouts and at the end"
         )
-        saves = f"{checkpoint.save}, {when}"
+        saves = f"{checkpoint.save}, {when}{_save_details(config)}"
     return [("checkpoints", saves), ("output", config.output.output_dir or "none given")]
+
+
+def _save_details(config: Config) -> str:
+    checkpoint, details = config.checkpoint, ""
+    if checkpoint.async_save:
+        details += ", in the background"
+    if checkpoint.save_retain is not None or checkpoint.save_retain_interval is not None:
+        details += f"; kept: the newest {checkpoint.save_retain or 1}"
+        if checkpoint.save_retain_interval is not None:
+            details += f" and every {checkpoint.save_retain_interval}th step"
+    return details if checkpoint.save_hf is None else f"{details}; exported to {checkpoint.save_hf}"

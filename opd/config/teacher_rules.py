@@ -48,6 +48,7 @@ def _several_teachers_rules(config: Config) -> Iterator[str]:
     others = {
         "opd_teacher_load": opd.opd_teacher_load,
         "rm_url": config.reward.rm_url,
+        "opd_teacher_serve": opd.opd_teacher_serve,
         "opd_teacher_self": opd.opd_teacher_self,
     }
     for name, value in others.items():
@@ -103,7 +104,12 @@ def _sglang_teacher_rules(config: Config) -> Iterator[str]:
             f"{flag_text('opd_teacher_self', opd.opd_teacher_self)} needs `--opd-type=megatron` (got `sglang`): the "
             "student's own weights are in the trainer. Give `--opd-type=megatron` and drop `--rm-url`."
         )
-    if config.reward.rm_url is None and opd.opd_teachers is None:
+    if opd.opd_teacher_serve is not None and config.reward.rm_url is not None:
+        yield (
+            f"{flag_text('opd_teacher_serve', opd.opd_teacher_serve)} and {flag_text('rm_url', config.reward.rm_url)} "
+            "both say who teaches: servers that the run starts, or servers that run already. Drop one of them."
+        )
+    if config.reward.rm_url is None and opd.opd_teachers is None and opd.opd_teacher_serve is None:
         yield f"`--opd-type=sglang` needs `--rm-url`. Give the teacher server's address, such as {EXAMPLE_URL}."
         return
     yield from teacher_server_rules(config)
@@ -174,8 +180,8 @@ def template_rules(name: str, template: str) -> Iterator[str]:
         return
     if not placeholders:
         yield f"{shown} names no field, so the teacher would read the same prompt on every row. {remedy}"
-    for name, format_spec, conversion in placeholders:
-        if not name or format_spec or conversion:
+    for field, format_spec, conversion in placeholders:
+        if not field or format_spec or conversion:
             yield f"{shown}: a placeholder must be the plain name of a field, without a format. {remedy}"
 
 

@@ -26,6 +26,9 @@ SERVER_FLAGS = (
     "opd_teacher_batch",
     "opd_teacher_api_key_env",
     "opd_teacher_ca_file",
+    "opd_teacher_serve",
+    "opd_teacher_num_gpus",
+    "opd_teacher_num_gpus_per_engine",
 )
 
 
@@ -33,6 +36,10 @@ def teacher_server_rules(config: Config) -> Iterator[str]:
     opd = config.opd
     found: list[list[Address]] = []
     for teacher in teachers(config):
+        if teacher.location is None:  # the run starts its servers, over plain http
+            count = opd.opd_teacher_num_gpus // opd.opd_teacher_num_gpus_per_engine
+            found.append([Address(url="http://server")] * count)
+            continue
         try:
             found.append(addresses(str(teacher.location)))
         except ValueError as error:

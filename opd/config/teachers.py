@@ -1,4 +1,5 @@
-"""The teachers that the flags name: one by --opd-teacher-load, --rm-url or --opd-teacher-self, or several by name."""
+"""The teachers that the flags name: one by --opd-teacher-load, --rm-url, --opd-teacher-serve or --opd-teacher-self, or
+several by name."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ ONLY = "teacher"  # name of a teacher that is alone
 class TeacherSpec:
     """
     Args:
-        location: folder (megatron) or /generate address (sglang); None: the student itself.
+        location: folder (megatron) or /generate address (sglang); None: the student itself, or (sglang) servers that
+            the run is still to start.
         weight: share in a mixture of teachers; they add up to 1.
         kl_coef: factor on the penalty or distillation loss of the samples it scores.
         shown: the flag and value that name it, for messages.
@@ -41,7 +43,9 @@ def teachers(config: Config) -> list[TeacherSpec]:
         location = config.flat()[flag]
         if opd.opd_teacher_self is not None:
             flag, location = "opd_teacher_self", None
-        return [TeacherSpec(name=ONLY, location=location, shown=flag_text(flag, location or opd.opd_teacher_self))]
+        if opd.opd_teacher_serve is not None:
+            flag = "opd_teacher_serve"
+        return [TeacherSpec(name=ONLY, location=location, shown=flag_text(flag, config.flat()[flag]))]
     locations = _pairs("opd_teachers", opd.opd_teachers)
     weights = _numbers("opd_teacher_weights", opd.opd_teacher_weights, list(locations))
     coefs = _numbers("opd_teacher_kl_coefs", opd.opd_teacher_kl_coefs, list(locations))

@@ -111,9 +111,7 @@ def make_sum(rng: random.Random) -> tuple[str, str]:
     return f"What is {a}+{b}?", f"ANSWER: {a + b}"
 
 
-def collate(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, targets), padded on the right; targets cover the answers and the ends of their turns."""
     rows = []
     for question, answer in pairs:

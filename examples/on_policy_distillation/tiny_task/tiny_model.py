@@ -80,9 +80,7 @@ def train(
         yield step, loss.item()
 
 
-def _collate(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, targets), padded on the right; targets cover the chain and the end of text."""
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     chains = tokenizer([chain for _, chain in pairs])["input_ids"]

@@ -64,6 +64,16 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_model(tmp_path / "gpt2", model_type="gpt2")
     write_model(tmp_path / "incomplete", intermediate_size=None)
     write_model(tmp_path / "yarn", rope_parameters={"rope_theta": 1e6, "rope_type": "yarn"})
+    write_model(tmp_path / "deep", num_hidden_layers=8)
+    write_model(tmp_path / "six", num_hidden_layers=6)
+    write_model(
+        tmp_path / "experts",
+        model_type="qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+    )
     write_model(tmp_path / "garbled")
     (tmp_path / "garbled" / "config.json").write_text("{")
     write_model(tmp_path / "torch_dist" / "hf")

@@ -146,9 +146,9 @@ REFUSALS = {
     ),
     "optimiser:\n  lr: 1": ("run.yaml, line 1: `optimiser:` is no section of flags. Did you mean `optimizer:`?"),
     "student:\n  lr: 1": (
-        "run.yaml, line 1: `student:` is no section of flags. Use checkpoint, model, parallel, lora, optimizer, data, "
-        "rollout, algorithm, critic, reward, eval, opd, distillation, off_policy, mixture, output, or no heading at "
-        "all."
+        "run.yaml, line 1: `student:` is no section of flags. Use checkpoint, model, parallel, experts, launch, lora, "
+        "optimizer, data, rollout, algorithm, critic, reward, eval, opd, distillation, off_policy, mixture, output, "
+        "plan, slime, or no heading at all."
     ),
     # types
     "use-opd: 1": (

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from opd.config.flags import ConfigError
-from opd.config.memory import parameters_per_rank
+from opd.config.layout import RankLayout
 from opd.config.model_facts import ModelFacts, find_hf_config, read_model_facts
+from opd.config.parameters import parameters_on_stage
 
 from .conftest import TINY, write_model
 
@@ -23,6 +24,7 @@ TINY_VARIANTS: list[dict[str, Any]] = [
     {"model_type": "llama"},
     {"model_type": "llama", "head_dim": None, "num_key_value_heads": None},
     {"model_type": "llama", "tie_word_embeddings": None},
+    {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 ]
 
 
@@ -75,13 +77,14 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
         {"attention_bias": True},
         {"attention_dropout": 0.1},
         {"partial_rotary_factor": 0.5},
+        {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
         {"hidden_size": "64"},
     ],
     ids=str,
 )
 def test_models_that_cannot_be_built_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     write_model(tmp_path / "m", **changes)
-    (key,) = changes
+    key = list(changes)[-1]
     with pytest.raises(ConfigError, match=key):
         read_model_facts(str(tmp_path / "m"), flag="--hf-checkpoint")
 
@@ -102,22 +105,39 @@ def facts_of(**changes: Any) -> ModelFacts:
     return ModelFacts(**{**shape, **changes})
 
 
-def test_parameters_per_rank_by_hand() -> None:
+def of_rank(facts: ModelFacts, *, tp: int = 1, pp: int = 1, stage: int = 0, vocab_multiple: int = 1) -> int:
+    layout = RankLayout(world=tp * pp, tp=tp, pp=pp, etp=tp)
+    return parameters_on_stage(facts, layout, stage=stage, vocab_multiple=vocab_multiple).total
+
+
+def test_parameters_of_a_rank_by_hand() -> None:
     facts = facts_of()
     # A layer: Q 8x24, K and V 8x12 each, output 24x8 = 576; MLP 3 x 8x12 = 288; norms 2x8 + 2x6 = 28.
     assert facts.layer_parameters == 576 + 288 + 28
     assert facts.parameter_count == 4 * 892 + 80 + 8
-    assert parameters_per_rank(facts, tp=1, pp=1) == facts.parameter_count
+    assert of_rank(facts) == facts.parameter_count == facts.active_parameter_count
     # TP 2 halves all but the norms; the final norm's 8 are whole.
-    assert parameters_per_rank(facts, tp=2, pp=1) == 4 * (432 + 28) + 40 + 8
+    assert of_rank(facts, tp=2) == 4 * (432 + 28) + 40 + 8
     # TP 4 pads 10 rows to 12; with a multiple of 8 to 32.
-    assert parameters_per_rank(facts, tp=4, pp=1) == 4 * (216 + 28) + 3 * 8 + 8
-    assert parameters_per_rank(facts, tp=4, pp=1, vocab_multiple=8) == 4 * (216 + 28) + 8 * 8 + 8
-    # PP 2: two layers, the tied table (a copy stands on the last stage) and the final norm.
-    assert parameters_per_rank(facts, tp=1, pp=2) == 2 * 892 + 80 + 8
+    assert of_rank(facts, tp=4) == 4 * (216 + 28) + 3 * 8 + 8
+    assert of_rank(facts, tp=4, vocab_multiple=8) == 4 * (216 + 28) + 8 * 8 + 8
+    # PP 2: two layers and the table; the last stage has a copy of it as output matrix, and the final norm.
+    assert [of_rank(facts, pp=2, stage=s) for s in (0, 1)] == [2 * 892 + 80, 2 * 892 + 80 + 8]
+    assert [of_rank(facts, pp=4, stage=s) for s in (1, 2)] == [892, 892]
 
 
-def test_parameters_per_rank_untied() -> None:
+def test_parameters_of_a_rank_untied() -> None:
     facts = facts_of(untie_embeddings_and_output_weights=True)
-    assert parameters_per_rank(facts, tp=1, pp=1) == facts.parameter_count == 4 * 892 + 160 + 8
-    assert parameters_per_rank(facts, tp=2, pp=2) == 2 * 460 + 40 + 8
+    assert of_rank(facts) == facts.parameter_count == 4 * 892 + 160 + 8
+    assert [of_rank(facts, tp=2, pp=2, stage=s) for s in (0, 1)] == [2 * 460 + 40, 2 * 460 + 40 + 8]
+
+
+def test_experts_by_hand() -> None:
+    facts = facts_of(num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=6)
+    # Instead of the MLP's 288: the router's 4 x 8 and 4 experts of 3 x 8x6.
+    assert facts.layer_parameters == 576 + 32 + 576 + 28
+    assert facts.parameter_count - facts.active_parameter_count == 4 * 2 * 144
+    layout = RankLayout(world=4, tp=2, ep=2, etp=1)
+    found = parameters_on_stage(facts, layout, stage=0)
+    assert found.experts == 4 * 576 // 2
+    assert found.dense == 4 * (576 // 2 + 32 + 28) + 40 + 8  # norms and router are whole

@@ -1,4 +1,4 @@
-"""What --dry-run prints, and its memory arithmetic by hand."""
+"""What --dry-run prints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from opd.config import parse_config
-from opd.config.memory import estimate
-from opd.config.model_rules import coloaded_teachers, student_facts
 from opd.config.plan import plan
 
 
@@ -73,22 +71,6 @@ def test_the_plan_says_where_a_run_resumes(workplace: Path, command: Callable[..
     assert "its weights only, from step 0" in weights
 
 
-def test_memory_by_hand_fp32(workplace: Path, command: Callable[..., list[str]]) -> None:
-    config = parse_config(command("megatron", "--max-tokens-per-gpu 100 --rollout-max-prompt-len 36"))
-    teachers = [facts for _, facts in coloaded_teachers(config)]
-    items = {item.name: item for item in estimate(config, student_facts(config), teachers)}
-    count = 119232
-    assert items["student weights"].bytes == 4 * count
-    assert items["gradients"].bytes == 4 * count
-    assert items["optimizer states"].bytes == 8 * count
-    assert items["teacher weights"].bytes == 4 * 217920
-    # A token: in each of 2 layers 4 x 64 + 2 x 128 + 2 x 64 + 3 x 128 numbers, then 320 logits and their gradients.
-    assert items["activations"].bytes == 100 * (2 * 4 * 1024 + 2 * 4 * 320)
-    assert items["rollout weights"].bytes == 4 * count
-    # 32 answers of 36 + 64 tokens; a token keeps K and V of 2 groups x 32 in 2 layers.
-    assert items["rollout KV cache"].bytes == 32 * 100 * (2 * 2 * 2 * 32) * 4
-
-
 def test_a_rollout_that_a_teacher_helps_to_write(workplace: Path, command: Callable[..., list[str]]) -> None:
     mixture = "--rollout-engine mixture --use-tis --dry-run"
     text = printed(command("megatron", f"{mixture} --mixture-alpha-scale 2 0 --opd-teacher-prompt-key hint"))
@@ -104,38 +86,47 @@ def test_a_rollout_that_a_teacher_helps_to_write(workplace: Path, command: Calla
     assert "a fixed at 0.25, times 3; the student drafts 4 tokens, the teacher judges" in text
 
 
-def test_memory_of_a_mixture_by_hand(workplace: Path, command: Callable[..., list[str]]) -> None:
-    flags = "--rollout-engine mixture --use-tis --rollout-max-prompt-len 36"
-    teacher = parse_config(command("grpo", f"{flags} --mixture-teacher-load teacher"))
-    itself = "--opd-teacher-self live --opd-teacher-prompt-key hint"
-    live = parse_config(command("megatron", f"{flags} {itself}", drop=("--opd-teacher-load",)))
-    per_token = 2 * 2 * 32 * 4  # bytes of K and V of 2 groups x 32 in one layer
-    for config, own, layers in ((teacher, 4 * 217920, 2 + 4), (live, None, 2 + 2)):
-        items = {item.name: item for item in estimate(config, student_facts(config), [])}
-        assert items["rollout weights"].bytes == 4 * 119232
-        assert (items["rollout teacher weights"].bytes if own else None) == own
-        assert ("rollout teacher weights" in items) == (own is not None)
-        assert items["rollout KV cache"].bytes == 32 * 100 * layers * per_token
-
-
-def test_memory_by_hand_bf16_sharded(workplace: Path, command: Callable[..., list[str]]) -> None:
-    flags = "--bf16 --use-distributed-optimizer --actor-num-gpus-per-node 4 --dry-run --rollout-max-running-requests 5"
-    flags += (
-        " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --max-tokens-per-gpu 100"
-    )
-    config = parse_config(command("grpo", flags))
-    items = {item.name: item for item in estimate(config, student_facts(config), None)}
-    count = 119232
-    assert items["student weights"].bytes == 2 * count
-    assert items["gradients"].bytes == 4 * count
-    assert items["optimizer states"].bytes == 12 * count // 4  # two moments and the fp32 weights over 4 ranks
-    assert items["activations"].bytes == 100 * (
-        2 * 2 * 64 + 2 * 1024 + 2 * 4 * 320
-    )  # two layer inputs, one whole layer
-    assert items["rollout KV cache"].bytes == 5 * 512 * (2 * 2 * 2 * 32) * 2  # 5 at once, as long as the context allows
-    assert "teacher weights" not in items
-
-
 def test_a_teacher_that_reads_text(workplace: Path, command: Callable[..., list[str]]) -> None:
     text = printed(command("sglang", "--opd-teacher-tokenizer teacher --dry-run"))
     assert "the answer's text, in the tokens of teacher" in text
+
+
+def test_the_plan_prints_memory_time_and_traffic(workplace: Path, command: Callable[..., list[str]]) -> None:
+    text = printed(command("megatron", "--save run --dry-run --plan-prompt-len 36 --plan-response-len 20"))
+    for part in (
+        "Memory of the heaviest training rank, estimated",
+        "peak",
+        "in the part that needs most: ",
+        "A step, expected from sizes and stated speeds",
+        "student log-probs",
+        "CPU core: 40% of 160 GFLOP/s in fp32, 70% of 10 GB/s in decoding",
+        "prompts of 36 and answers of 20 tokens, all alike (--plan-* flags)",
+        "answer tokens per second",
+        "weights to the engine",
+    ):
+        assert part in text
+    assert "gradients " in text and "main memory " not in text.replace("to main memory", "")
+    large = "--bf16 --rollout-engine sglang --rollout-num-gpus 4 --plan-device h200 --plan-compute-share 0.3"
+    text = printed(
+        command("sglang", f"--save run --dry-run {large} --distillation-type forward_kl --distillation-top-k 4")
+    )
+    for part in (
+        "of the H200 SXM 141 GB",
+        "H200 SXM 141 GB: 30% of 989 TFLOP/s in bf16, 60% of 4,800 GB/s in decoding",
+        "its size is not known here",
+        "answer tokens per second; the teacher beside the rollout",
+        "weights by distributed",
+        "of 2,048 tokens and 4 likely tokens",
+        "main memory",
+    ):
+        assert part in text
+
+
+def test_answers_that_are_set_aside(workplace: Path, command: Callable[..., list[str]]) -> None:
+    text = printed(command("megatron", "--partial-rollout --dry-run"))
+    assert (
+        "set aside of 5 prompts in flight the first 4 with all their answers are learned from, looked for every 16 "
+        "tokens of an answer; 1 go on in the next rollout; each token weighed by its importance ratio" in text
+    )
+    masked = printed(command("megatron", "--partial-rollout --mask-offpolicy-in-partial-rollout --dry-run"))
+    assert "what an earlier rollout wrote is left out of every loss" in masked and "importance ratio" not in masked

@@ -70,6 +70,6 @@ def test_the_plan_names_each_teacher(workplace: Path, command: Callable[..., lis
     assert "co-loaded from student" in text
     assert "one per sample, by metadata field `teacher` (b x 1, a x 1)" in text
     assert "the field 'hint'" in text
-    assert "the largest of several, which take turns" in text
+    assert "337,152 numbers, fp32, of all teachers" in text
     own = "--opd-teacher-self ema --opd-teacher-prompt-key hint"
     assert "the student itself, average, decay 0.99" in shown(command("megatron", own, drop=("--opd-teacher-load",)))

@@ -37,7 +37,7 @@ def test_every_fault_has_its_row() -> None:
 
 
 def test_flags_and_metrics_of_the_page_exist() -> None:
-    flags = {"--" + name.replace("_", "-") for name in Config().flat()} | {"--hf-checkpoint", "--prompt-tokens"}
+    flags = {"--" + name.replace("_", "-") for name in Config().flat()} | {"--prompt-tokens", "--answers"}
     assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= flags
     watched = PAGE[PAGE.index("## What to watch") : PAGE.index("## Before a run")]
     assert set(re.findall(r"`([a-z_0-9]+)`", watched)) - {"opd_last_report_timestamp_seconds"} <= set(table())

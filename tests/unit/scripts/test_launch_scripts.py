@@ -1,9 +1,11 @@
-"""The 8B launch scripts: parsed by bash and dry-run against stub folders; the teacher server's start, wait and stop."""
+"""Launch scripts: bash parses them; their plans, without weights; a server's start, wait and stop; Ray jobs."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,30 +17,31 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples" / "on_policy_distillation"
-LIB = ROOT / "scripts" / "lib" / "sglang_server.sh"
+LIB = ROOT / "scripts" / "lib" / "launch.sh"
 SCRIPTS = sorted([*(ROOT / "examples").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sh"), ROOT / ".ci" / "run"])
 
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 36,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
-QWEN3_32B = {
-    **QWEN3_8B,
-    "num_hidden_layers": 64,
-    "hidden_size": 5120,
-    "intermediate_size": 25600,
-    "num_attention_heads": 64,
+FACTS = ROOT / "scripts" / "models" / "facts"
+# What each script's plan must say of its own; a script without a line here fails the test below.
+PLANS = {
+    "run-qwen3-8B-opd.sh": (
+        "server at http://127.0.0.1:13141/generate",
+        "4 ranks: tensor 2 x pipeline 1 x context 1 x data 2",
+    ),
+    "run-qwen3-8B-opd-megatron.sh": ("checkpoint release: 32,762,123,264 parameters, bf16", "4 ranks: tensor 4"),
+    "run-qwen3-8B-gkd.sh": ("gkd (beta 0.5) over the whole vocabulary", "14,768,307,200 parameters, bf16"),
+    "run-qwen3-8B-several-teachers.sh": (
+        "by metadata field `teacher` (math x 1, code x 0.5)",
+        "teacher code co-loaded",
+    ),
+    "run-qwen3-1.7B-mixture.sh": ("1,720,574,976 parameters, bf16", "kl_symmetry"),
+    "run-qwen3-8B-opd-multinode.sh": (
+        "8 ranks: tensor 2 x pipeline 1 x context 1 x data 4",
+        "1 x (teacher server of 4 devices)",
+    ),
+    "run-qwen3-30B-A3B-opd.sh": (
+        "30,532,122,624 parameters, bf16: qwen3_moe",
+        "2 x (8 training ranks), each on a machine of its own",
+    ),
 }
 
 STUB_SERVER = """
@@ -59,21 +62,28 @@ def test_bash_parses(script: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """What the scripts expect under $BASE, configs and no weights."""
-    for name, shape in (
-        ("Qwen3-8B", QWEN3_8B),
-        ("Qwen3-8B_torch_dist/hf", QWEN3_8B),
-        ("Qwen3-32B_torch_dist/hf", QWEN3_32B),
-    ):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(json.dumps(shape))
-    for name in ("Qwen3-8B_torch_dist", "Qwen3-32B_torch_dist"):
-        (tmp_path / name / "latest_checkpointed_iteration.txt").write_text("release")
-    (tmp_path / "dapo-math-17k").mkdir()
-    (tmp_path / "dapo-math-17k" / "dapo-math-17k.jsonl").write_text('{"prompt": "1 + 1 =", "label": "2"}\n')
-    return tmp_path
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_no_error() -> None:
+    ended = subprocess.run(["shellcheck", "-x", "-S", "error", *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the scripts expect under $BASE: configs, data, and no weights."""
+    folder = tmp_path_factory.mktemp("base")
+    for name in ("Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B", "Qwen3-30B-A3B"):
+        config = json.loads((FACTS / f"qwen3-{name.removeprefix('Qwen3-')}.json").read_text(encoding="utf-8"))["config"]
+        for model in (name, f"{name}_torch_dist/hf"):
+            (folder / model).mkdir(parents=True)
+            (folder / model / "config.json").write_text(json.dumps(config))
+        (folder / f"{name}_torch_dist" / "latest_checkpointed_iteration.txt").write_text("release")
+    shutil.copytree(folder / "Qwen3-14B", folder / "Qwen3-14B-code")
+    shutil.copytree(folder / "Qwen3-30B-A3B", folder / "Qwen3-235B-A22B")  # served: only its folder is looked at
+    (folder / "dapo-math-17k").mkdir()
+    for name in ("dapo-math-17k/dapo-math-17k.jsonl", "math_and_code.jsonl"):
+        (folder / name).write_text('{"prompt": "1 + 1 =", "label": "2", "metadata": {"teacher": "code"}}\n')
+    return folder
 
 
 def dry_run(script: str, base: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -89,20 +99,20 @@ def dry_run(script: str, base: Path, *flags: str) -> subprocess.CompletedProcess
     return subprocess.run(argv, capture_output=True, text=True, env=environ, stdin=subprocess.DEVNULL, timeout=60)
 
 
-@pytest.mark.parametrize(
-    ("script", "teacher"),
-    [
-        ("run-qwen3-8B-opd.sh", "server at http://127.0.0.1:13141/generate"),
-        ("run-qwen3-8B-opd-megatron.sh", "checkpoint release: 32,762,123,264 parameters, bf16"),
-    ],
-)
-def test_dry_run_of_the_8b_scripts(base: Path, script: str, teacher: str) -> None:
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("run-qwen3-*.sh")))
+def test_the_plan_of_a_script_for_gpus(base: Path, script: str) -> None:
     ended = dry_run(script, base)
     assert ended.returncode == 0, ended.stderr
     text = " ".join(ended.stdout.split())
-    assert "8,190,735,360 parameters, bf16" in text
-    assert teacher in text
-    assert "4 ranks: tensor 2 x pipeline 1 x context 1 x data 2, sequence parallel, optimizer states sharded" in text
+    for part in PLANS[script]:
+        assert part in text
+    assert "Memory of the heaviest training rank" in text
+    peak = float(re.search(r" peak ([0-9.]+) GiB", text)[1])
+    row = next(
+        line for line in (EXAMPLES / "README.md").read_text(encoding="utf-8").splitlines() if f"`{script}`" in line
+    )
+    assert float(re.search(r"\| (\d+) GiB \|$", row)[1]) == pytest.approx(peak, rel=0.1)
+    assert "DOES NOT FIT" not in text
     assert "16 prompts x 4 answers = 64 samples" in text
     assert not (base / "run").exists()
 
@@ -191,3 +201,29 @@ def test_a_second_server_is_refused(stub_python: Path, tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert "is still running. Stop it first." in ended.stderr
     assert processes_of(tmp_path) == []
+
+
+def test_a_teacher_that_runs_already_is_not_started_again(stub_python: Path, tmp_path: Path) -> None:
+    code = f"RUN={tmp_path}; TEACHER_URL=http://elsewhere:1; serve_teacher model 0; echo $TEACHER_URL"
+    ended = run_lib(code, stub_python)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "http://elsewhere:1\n", "")
+    assert processes_of(tmp_path) == []
+
+
+def test_a_teacher_is_served_on_the_devices_given_and_ends_with_the_script(stub_python: Path, tmp_path: Path) -> None:
+    code = f"RUN={tmp_path}; TEACHER_PORT={free_port()}; serve_teacher model 6,7 --tp-size 2; "
+    code += 'echo "$TEACHER_URL"; tr "\\0" "\\n" <"/proc/$SGLANG_SERVER_PID/environ" | grep ^CUDA'
+    ended = run_lib(code, stub_python)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[1] == "CUDA_VISIBLE_DEVICES=6,7"
+    assert processes_of(tmp_path) == []
+
+
+def test_a_job_runs_train_py_in_this_folder_with_every_flag_as_given(stub_python: Path, tmp_path: Path) -> None:
+    ray = tmp_path / "ray"  # runs what follows the `--` somewhere else, as the cluster's job server does
+    ray.write_text('#!/bin/bash\necho "${@:1:4}"; while [[ $1 != -- ]]; do shift; done; shift; cd / && exec "$@"\n')
+    ray.chmod(0o755)
+    code = f'cd "{ROOT}"; PATH="{tmp_path}:$PATH"; submit_training --prompt-data "a b.jsonl" --no-such-flag'
+    ended = run_lib(code, stub_python)
+    assert ended.stdout == "job submit --address http://127.0.0.1:8265\n"
+    assert ended.stderr == "error: unknown flag `--no-such-flag`. `train.py --help` lists every flag.\n"

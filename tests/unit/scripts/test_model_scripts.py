@@ -1,17 +1,23 @@
-"""scripts/models/*.sh: each sources, parses with our flags, and gives the known number of parameters."""
+"""scripts/models/*.sh: each sources, parses, and says what its model's Hugging Face config.json says.
+
+``scripts/models/facts/NAME.json`` holds the keys of that config which matter here, with its address and where it was
+read.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opd.config.flags import parse_flags
-from opd.config.model_facts import ModelFacts
-from opd.config.schema import ModelFlags
+from opd.config.model_facts import ModelFacts, read_model_facts
 
 FOLDER = Path(__file__).parents[3] / "scripts" / "models"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.sh"))
 PARAMETERS = {
     "qwen2.5-0.5B": 494_032_768,
     "qwen2.5-1.5B": 1_543_714_304,
@@ -25,13 +31,19 @@ PARAMETERS = {
     "qwen3-8B": 8_190_735_360,
     "qwen3-14B": 14_768_307_200,
     "qwen3-32B": 32_762_123_264,
+    "qwen3-30B-A3B": 30_532_122_624,
     "llama3.2-1B": 1_235_814_400,
     "llama3.2-3B": 3_212_749_824,
     "llama3.1-8B": 8_030_261_248,
     "smollm2-135M": 134_515_008,
     "smollm2-360M": 361_821_120,
 }
-ROTARY_BASE = {"qwen": 1_000_000.0, "llama": 500_000.0, "smollm2": 100_000.0}
+GIVEN = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "rotary_base", "use_rope_scaling", "add_qkv_bias", "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+)  # fmt: skip
+EXPERTS = ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
 
 
 def model_args(name: str, environ: dict[str, str] | None = None) -> list[str]:
@@ -40,43 +52,36 @@ def model_args(name: str, environ: dict[str, str] | None = None) -> list[str]:
     return ended.stdout.splitlines()
 
 
-def facts_of(model: ModelFlags) -> ModelFacts:
-    """The facts that a config.json with the flags' shape would give."""
-    return ModelFacts(
-        source=FOLDER,
-        family="",
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        vocab_size=model.vocab_size,
-        max_position_embeddings=1,
-        norm_epsilon=model.norm_epsilon or 0.0,
-        rotary_base=model.rotary_base,
-        use_rope_scaling=model.use_rope_scaling,
-        add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
-        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
-    )
+def known(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / "facts" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def test_every_script_has_a_known_count() -> None:
-    assert {path.stem for path in FOLDER.glob("*.sh")} == set(PARAMETERS)
+def facts_of(name: str, folder: Path) -> ModelFacts:
+    (folder / "config.json").write_text(json.dumps(known(name)["config"]))
+    return read_model_facts(str(folder), flag="--hf-checkpoint")
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_model_script(name: str) -> None:
-    model = parse_flags(model_args(name)).model
-    assert facts_of(model).parameter_count == PARAMETERS[name]
-    family = next(prefix for prefix in ROTARY_BASE if name.startswith(prefix))
-    assert model.rotary_base == ROTARY_BASE[family]
-    assert model.add_qkv_bias == name.startswith("qwen2.5")
-    assert model.qk_layernorm == name.startswith("qwen3")
-    assert model.use_rope_scaling == name.startswith("llama")
+def test_every_script_has_facts_and_a_count() -> None:
+    assert set(NAMES) == set(PARAMETERS) == {path.stem for path in (FOLDER / "facts").glob("*.json")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_script_says_what_the_config_says(name: str, tmp_path: Path) -> None:
+    facts, model = facts_of(name, tmp_path), parse_flags(model_args(name)).model
+    assert facts.parameter_count == PARAMETERS[name]
+    assert {flag: getattr(model, flag) for flag in GIVEN} == {flag: getattr(facts, flag) for flag in GIVEN}
+    assert [getattr(model, flag) or 0 for flag in EXPERTS] == [getattr(facts, flag) for flag in EXPERTS]
+    # A script leaves the epsilon out where base and instruct models differ.
+    assert model.norm_epsilon == facts.norm_epsilon or name in ("qwen2.5-14B", "qwen2.5-32B")
     assert model.swiglu and model.disable_bias_linear and model.group_query_attention
-    assert model.norm_epsilon == {"qwen": 1e-6}.get(family, 1e-5) or name in ("qwen2.5-14B", "qwen2.5-32B")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts_tell_where_they_come_from(name: str) -> None:
+    fact = known(name)
+    assert fact["source"] == f"https://huggingface.co/{fact['model']}/blob/main/config.json"
+    assert fact["read_in"] and all(address.startswith("https://") for address in fact["read_in"])
+    assert fact["model"].rpartition("/")[2].lower().replace("llama-", "llama") == name.lower()
 
 
 def test_the_2507_models_rope_base() -> None:

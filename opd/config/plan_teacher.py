@@ -1,0 +1,34 @@
+"""What the plan says about asking a served teacher: how much at a time, and how patiently."""
+
+from __future__ import annotations
+
+from opd.config.schema import Config
+from opd.config.teachers import TeacherSpec
+from opd.serving.addresses import addresses
+
+
+def asking_rows(config: Config, found: list[TeacherSpec]) -> list[tuple[str, str]]:
+    """None for teachers that are beside the student."""
+    opd = config.opd
+    if opd.opd_type != "sglang" or not found:
+        return []
+    together = f"up to {opd.opd_teacher_batch} samples in one request" if opd.opd_teacher_batch > 1 else "one by one"
+    parts = [together, f"at most {opd.opd_teacher_deadline:g} s for a sample, retries and waiting included"]
+    if opd.opd_teacher_hedge and any(_has_choice(teacher) for teacher in found):
+        parts.append(f"another address is asked too after {opd.opd_teacher_hedge:g} times the median")
+    return [("teacher asked", "; ".join(parts)), ("without scores", _patience(config))]
+
+
+def _patience(config: Config) -> str:
+    opd, seconds = config.opd, config.teacher_wait_seconds
+    share = f"above {opd.opd_max_unscored_share:.3g} of a rollout's samples"
+    if seconds == 0:
+        return f"{share} the run saves and stops"
+    capped = ""
+    if seconds < opd.opd_teacher_wait:
+        capped = f" (--opd-teacher-wait={opd.opd_teacher_wait:g}, cut to what the other ranks' time-out leaves)"
+    return f"{share} the run waits up to {seconds:g} s for the teacher{capped}, then saves and stops"
+
+
+def _has_choice(teacher: TeacherSpec) -> bool:
+    return teacher.location is not None and len(addresses(teacher.location)) > 1

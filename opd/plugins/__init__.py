@@ -1,0 +1,1 @@
+"""Parts of this framework for other frameworks' hooks."""

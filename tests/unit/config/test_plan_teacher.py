@@ -1,0 +1,50 @@
+"""What --dry-run says about asking a served teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from opd.config import parse_config
+from opd.config.plan_teacher import asking_rows
+from opd.config.teachers import teachers
+
+TWO = "http://a:1/generate,http://b:1/generate"
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "without"),
+    [
+        (
+            "",
+            "up to 64 samples in one request; at most 300 s for a sample, retries and waiting included",
+            "above 0.5 of a rollout's samples the run waits up to 600 s for the teacher, then saves and stops",
+        ),
+        (
+            f"--rm-url {TWO} --opd-teacher-batch 1 --opd-teacher-deadline 20 --opd-teacher-hedge 4 "
+            "--opd-teacher-wait 0",
+            "one by one; at most 20 s for a sample, retries and waiting included; another address is asked too after 4 "
+            "times the median",
+            "above 0.5 of a rollout's samples the run saves and stops",
+        ),
+        (
+            "--actor-num-gpus-per-node 2 --opd-max-unscored-share 0.25",
+            "up to 64 samples in one request; at most 300 s for a sample, retries and waiting included",
+            "above 0.25 of a rollout's samples the run waits up to 180 s for the teacher (--opd-teacher-wait=600, cut "
+            "to what the other ranks' time-out leaves), then saves and stops",
+        ),
+    ],
+)
+def test_how_a_served_teacher_is_asked(
+    workplace: Path, command: Callable[..., list[str]], flags: str, asked: str, without: str
+) -> None:
+    drop = ("--rm-url",) if "--rm-url" in flags else ()
+    config = parse_config(command("sglang", f"{flags} --dry-run", drop=drop))
+    assert asking_rows(config, teachers(config)) == [("teacher asked", asked), ("without scores", without)]
+
+
+def test_a_teacher_beside_the_student_is_not_asked(workplace: Path, command: Callable[..., list[str]]) -> None:
+    config = parse_config(command("megatron", "--dry-run"))
+    assert asking_rows(config, teachers(config)) == []
