@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 # Every model and data set is a local folder; a look-up over the network would only hang.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test lint check clean
+.PHONY: setup demo test lint docs check clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ test: setup
 
 lint: setup
 	@$(BIN)/ruff check .
+
+# The site in build/docs/, with tools of its own.
+docs:
+	@test -x build/docs-venv/bin/sphinx-build || { $(PYTHON) -m venv build/docs-venv && build/docs-venv/bin/python -m pip install -q -r docs/requirements.txt; }
+	@build/docs-venv/bin/sphinx-build -q -W -b html docs build/docs
+	@echo "built: build/docs/index.html"
 
 check: setup
 	@$(BIN)/python tools/check_environment.py

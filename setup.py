@@ -27,6 +27,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["opd", "opd.*"]),
+    package_data={"opd.report": ["page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "aiohttp",

@@ -2,10 +2,10 @@
 
     python benchmarks/step_time.py --json benchmarks/results/step_time_cpu.json
 
-takes about 8 minutes on 2 idle cores: whole runs of train.py on the laptop task (16 problems x 8 answers, in-process
+takes about 12 minutes on 2 idle cores: whole runs of train.py on the laptop task (16 problems x 8 answers, in-process
 rollout, a learning rate of 1e-12 so that all arms write the same answers), in turns. The teacher's SGLang server has a
 core of its own, the trainer another one; `on both` lets the trainer use both cores, which a rollout ahead needs. The
-ratio of a turn is to `no teacher` (or `no teacher on both`) of the same turn; medians over turns of the median step.
+ratio of a turn is to the arm without (`BASE`) of the same turn; medians over turns of the median step.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ ARMS = {
     "served teacher": ({0}, True, []),
     "no teacher on both": ({0, 1}, False, []),
     "rollouts ahead on both": ({0, 1}, False, ["--async-rollout"]),
+    "no teacher, ahead": ({0}, False, ["--async-rollout"]),
+    "served teacher, ahead": ({0}, True, ["--async-rollout"]),
 }
-BASE = {"served teacher": "no teacher", "rollouts ahead on both": "no teacher on both"}
+BASE = {
+    "served teacher": "no teacher",
+    "rollouts ahead on both": "no teacher on both",
+    "served teacher, ahead": "no teacher, ahead",
+}
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ def training_prompts(
         metadata_key=data.metadata_key,
         tokenizer=tokenizer,
         apply_chat_template=data.apply_chat_template,
+        chat_template_variables=data.chat_template_variables,
         max_prompt_len=data.rollout_max_prompt_len,
         max_context_len=max_context_len,
         shuffle=data.rollout_shuffle,
@@ -89,6 +90,7 @@ def answers_from_file(config: Config, tokenizer: Any, max_context_len: int) -> A
         label_key=data.label_key if shows_label else None,  # nothing judges these answers
         metadata_key=data.metadata_key,
         apply_chat_template=data.apply_chat_template,
+        chat_template_variables=data.chat_template_variables,
         teacher=teacher,
         response_key=flags.sft_response_key,
     )
@@ -116,6 +118,7 @@ def evaluation_sets(config: Config, tokenizer: Any, max_context_len: int) -> lis
                 metadata_key=data.metadata_key,
                 tokenizer=tokenizer,
                 apply_chat_template=data.apply_chat_template,
+                chat_template_variables=data.chat_template_variables,
                 max_context_len=max_context_len,
                 for_evaluation=True,
             ).all(),
@@ -137,6 +140,7 @@ def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> tuple[Sampling
         top_p=flags.rollout_top_p,
         top_k=flags.rollout_top_k,
         max_new_tokens=flags.rollout_max_response_len,
+        pause_after=config.partial_tokens,
         stop_token_ids=stop_ids,
         seed=flags.rollout_seed,
         top_ids=_student_top_ids(config),
@@ -144,6 +148,7 @@ def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> tuple[Sampling
     return train, dataclasses.replace(
         train,
         top_ids=0,
+        pause_after=None,
         temperature=evaluation.eval_temperature,
         top_p=evaluation.eval_top_p,
         top_k=evaluation.eval_top_k,

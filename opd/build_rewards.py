@@ -11,11 +11,10 @@ from opd.config.model_rules import student_facts
 from opd.config.paths import load_function
 from opd.config.schema import Config
 from opd.config.teachers import TeacherSpec, teachers
-from opd.data.tokenizer import eos_token_ids, load_tokenizer
-from opd.interfaces import PostProcessFn, RewardFn, RolloutEngine
+from opd.data.tokenizer import load_tokenizer
+from opd.interfaces import EngineWithStats, PostProcessFn, RewardFn, RolloutEngine
 from opd.rollout.driver import keep_rewards
 from opd.rollout.score_wait import ScoreWait
-from opd.rollout.with_teacher import EngineWithTeacher
 from opd.serving.addresses import addresses
 from opd.types import Sample
 
@@ -62,9 +61,9 @@ def _rule(config: Config) -> RewardFn:
 
 
 def scoring_stats(config: Config, engine: RolloutEngine) -> Callable[[], dict[str, float]]:
-    """What takes the rollout's numbers about teachers, by the names of their metrics."""
+    """What takes the numbers of engine and teachers since the last call, by the names of their metrics."""
     sources: list[tuple[str, Callable[[], dict[str, float]]]] = []
-    if isinstance(engine, EngineWithTeacher):
+    if isinstance(engine, EngineWithStats):
         sources.append((engine.stats_prefix, engine.take_stats))
     if config.opd.opd_type == "sglang":
         from opd.rewards.on_policy_distillation import take_teacher_stats
@@ -124,24 +123,14 @@ def cross_tokenizer(config: Config, student: Any, teacher: Any | None) -> CrossT
     """
     if teacher is None:
         return None
-    from opd.teachers.cross_tokenizer import CrossTokenizer, end_of_answer
-    from opd.teachers.token_bytes import TokenBytes
+    from opd.teachers.cross_tokenizer import between_folders
 
-    folders = {
-        "hf_checkpoint": config.checkpoint.hf_checkpoint,
-        "opd_teacher_tokenizer": config.opd.opd_teacher_tokenizer,
-    }
-    student_bytes, teacher_bytes = (
-        TokenBytes(tokenizer, shown=flag_text(name, folder))
-        for tokenizer, (name, folder) in zip((student, teacher), folders.items(), strict=True)
-    )
-    return CrossTokenizer(
-        student_bytes,
-        teacher_bytes,
-        student_ends=eos_token_ids(folders["hf_checkpoint"], student),
-        teacher_end=end_of_answer(
-            teacher, eos_token_ids(folders["opd_teacher_tokenizer"], teacher), chat=config.data.apply_chat_template
-        ),
+    return between_folders(
+        student,
+        teacher,
+        student_folder=str(config.checkpoint.hf_checkpoint),
+        teacher_folder=str(config.opd.opd_teacher_tokenizer),
+        chat=config.data.apply_chat_template,
     )
 
 

@@ -26,6 +26,8 @@ def sync_weights(parts: Parts, *, version: int) -> float:
     Raises:
         WeightSyncError: it is above ``--max-logprob-mismatch``.
     """
+    if parts.config.releases_engine_memory and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the engine's memory comes back: this rank keeps only what it holds tensors in
     weights = parts.trainer.export_weights()
     if parts.rollout is None:
         for _ in weights:  # this rank takes part and drops the result
@@ -39,6 +41,17 @@ def sync_weights(parts: Parts, *, version: int) -> float:
         parts.trainer.score(parts.probe).tolist(),
         tolerance=parts.config.max_logprob_mismatch,
     )
+
+
+def release_engine_memory(parts: Parts) -> None:
+    """Before training, with --colocate: what an idle engine holds on the GPUs that it shares with the training ranks is
+    theirs until the next ``sync_weights``.
+
+    Raises:
+        EngineError, WeightSyncError: a server refused.
+    """
+    if parts.config.releases_engine_memory and parts.rollout is not None:
+        parts.rollout.engine.release_memory()
 
 
 def weights_for_later(parts: Parts, *, version: int) -> Callable[[], None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -15,7 +15,10 @@ class RolloutEngine(Protocol):
     """Writes answers with the student's current weights."""
 
     def generate(self, requests: list[GenerationRequest], params: SamplingParams) -> Iterator[GenerationResult]:
-        """Yields one result per request, each as soon as it is finished, in any order."""
+        """Yields one result per request, each as soon as it is finished, in any order.
+
+        One that ``params.pause_after`` cuts short is PENDING; a request with what is written goes on from there.
+        """
 
     def set_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Loads weights under Hugging Face names and makes later results carry ``version``.
@@ -36,6 +39,16 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Stops whatever the engine started. Safe to call twice."""
+
+
+@runtime_checkable
+class EngineWithStats(Protocol):
+    """A ``RolloutEngine`` with numbers about what it wrote."""
+
+    stats_prefix: str  # of the metrics that ``take_stats`` gives
+
+    def take_stats(self) -> dict[str, float]:
+        """Numbers since the last call; none when there are none."""
 
 
 class RewardFn(Protocol):
@@ -70,10 +83,17 @@ class Critic(Protocol):
     def forward_values(self, batch: TokenBatch) -> TokenBatch:
         """Fills ``values_T``. No gradients."""
 
-    def update(self, batch: TokenBatch) -> dict[str, float]:
-        """As ``Trainer.update``, towards ``returns_T``."""
+    def start_update(self, batch: TokenBatch) -> Callable[[], dict[str, float]]:
+        """Optimizer steps as ``Trainer.update``'s, towards ``returns_T``. What is returned waits for their end and
+        gives their metrics; the student may learn in between, where the critic has ranks of its own.
+
+        Raises:
+            UpdateError: NaN or infinite gradients; from here or from what is returned.
+        """
 
     def save(self, iteration: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Trainer(Protocol):
@@ -112,6 +132,19 @@ class Trainer(Protocol):
     def score(self, batch: TokenBatch) -> torch.Tensor:
         """Temperature-1 log-probs [T] of the student, whole on every rank."""
 
-    def save(self, iteration: int, *, extra: dict[str, Any]) -> None: ...
+    def save(self, iteration: int, *, extra: dict[str, Any]) -> None:
+        """Writes a checkpoint; with --async-save takes a copy that is written in the background.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoints before stay valid.
+        """
+
+    def finished_save(self, *, wait: bool) -> int | None:
+        """The iteration of a save that is complete since the last call; None: there is none, or it is still being
+        written. The same on all ranks.
+
+        Raises:
+            CheckpointError: it failed. It is forgotten then.
+        """
 
     def close(self) -> None: ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +12,13 @@ import torch
 
 from opd.config.schema import Config
 from opd.config.teachers import teachers
+from opd.cost_account import CostAccount
 from opd.data.answers import AnswerDataset
 from opd.data.batching import make_batch
 from opd.data.prompts import Prompt, PromptDataset
-from opd.engine_weights import sync_weights, weights_for_later
+from opd.engine_weights import release_engine_memory, sync_weights, weights_for_later
 from opd.errors import UnscoredError, UserError
+from opd.evaluation import evaluate
 from opd.interfaces import Critic, Trainer
 from opd.megatron_backend.checkpoint_layout import CheckpointError
 from opd.preemption import Preempted, StopRequest
@@ -27,11 +28,11 @@ from opd.rollout.ahead import BackgroundRollouts
 from opd.rollout.driver import RolloutDriver, RolloutResult
 from opd.rollout.journal import RolloutJournal
 from opd.rollout.line import RolloutLine
-from opd.rollout.plan import RolloutPlan, plan_rollout, write_rollout
+from opd.rollout.plan import RolloutPlan, RolloutPlanner, RolloutWriter
 from opd.rollout.staleness import overlap_metrics, staleness_metrics
 from opd.run_state import RunState, save_due
 from opd.step_clock import Clock
-from opd.step_metrics import batch_metrics, idle_shares, per_sample_values, rollout_metrics
+from opd.step_metrics import batch_metrics, engine_idle_shares, idle_shares, per_sample_values, rollout_metrics
 from opd.training_signal import add_training_signal, outcome_advantages
 from opd.types import SamplingParams, TokenBatch
 
@@ -51,9 +52,11 @@ class Parts:
     train_sampling: SamplingParams
     eval_sampling: SamplingParams
     rollout: RolloutDriver | None
-    eval_rollout: RolloutDriver | None  # same engine, task reward only
+    eval_rollout: RolloutDriver | None  # the student's engine, task reward only
+    eval_scoring: RolloutDriver | None  # the served teacher's scores of some evaluation answers, for the report
     reporter: Reporter | None
     decode: Callable[[list[int]], str]
+    cost: CostAccount
     probe: TokenBatch  # a fixed text on which engine and trainer must agree after a sync
     background: BackgroundRollouts[RolloutResult | None] | None = None  # writes ahead, with --async-rollout
     journal: RolloutJournal | None = None  # what the rollout in progress has finished, with --save
@@ -71,13 +74,11 @@ def run(parts: Parts, state: RunState) -> None:
     last = config.rollout.num_rollout
     if state.step > 0:
         logger.info("resumes after step %d of %d", state.step, last)
-    line = RolloutLine(
-        partial(plan_rollout, parts), partial(write_rollout, parts), parts.background, version=state.step
-    )
+    line = RolloutLine(RolloutPlanner(parts, state), RolloutWriter(parts, state), parts.background, version=state.step)
     with stop.interruptible():
         sync_weights(parts, version=state.step)
         if state.step == 0 and parts.eval_sets and not config.eval.skip_eval_before_train:
-            report(parts, 0, evaluate(parts))
+            report(parts, 0, evaluate(parts, 0))
     save_failed = False
     while state.step < last:
         with saving_on_failure(parts, state):
@@ -85,6 +86,7 @@ def run(parts: Parts, state: RunState) -> None:
         metrics, state = train_step(parts, state, line)
         with saving_on_failure(parts, state):
             report_step(parts, state.step, metrics, line)
+        save_failed = not finish_save(parts, wait=False) or save_failed
         if save_failed or save_due(config, state.step):
             save_failed = not save(parts, state, must=state.step == last)
             state = state if save_failed else state.saved()
@@ -99,6 +101,8 @@ def train_step(parts: Parts, state: RunState, line: RolloutLine) -> tuple[dict[s
     clock = Clock()
     with saving_on_failure(parts, state), parts.stop.interruptible():
         plan, rolled, metrics = next_rollout(parts, step, line, clock)
+        with clock("sync"):
+            release_engine_memory(parts)
         with clock("train"):
             batch = trainer.load(rolled and make_training_batch(rolled, config))
             batch = trainer.forward_logprobs(batch, "student")
@@ -124,10 +128,14 @@ def train_step(parts: Parts, state: RunState, line: RolloutLine) -> tuple[dict[s
         clock.seconds["rollout"] = rolled.seconds_generation
         clock.seconds["teacher"] += rolled.seconds_scoring_tail
         per_token = per_sample_values(batch, rolled.samples, kl_coef=config.penalty_coef)
-        parts.reporter.samples(step, rolled.samples, decode=parts.decode, **per_token)
+        mixed = config.written_with_teacher
+        parts.reporter.samples(step, rolled.samples, mixed=mixed, decode=parts.decode, **per_token)
     times = clock.metrics()
+    if rolled is not None:
+        metrics |= parts.cost.metrics(rolled.samples, times)
     idle = idle_shares(times, coloaded_teacher=config.opd.opd_type == "megatron")
-    return metrics | times | idle, plan.after
+    idle |= engine_idle_shares(metrics, times["time_step"])
+    return metrics | times | idle, plan.after if rolled is None else plan.after.with_in_flight(rolled.in_flight)
 
 
 def next_rollout(
@@ -157,15 +165,17 @@ def next_rollout(
 
 
 def update(parts: Parts, batch: TokenBatch, step: int) -> dict[str, float]:
-    """The critic's, then the student's optimizer steps; the student waits for --num-critic-only-steps.
+    """The critic's and the student's optimizer steps; the student waits for --num-critic-only-steps.
 
     The critic learns from what the student wrote: a warm-up step on answers from a file has nothing for it.
     """
     warming_up = step <= parts.config.off_policy.sft_steps
-    metrics = parts.critic.update(batch) if parts.critic is not None and not warming_up else {}
+    critics = parts.critic.start_update(batch) if parts.critic is not None and not warming_up else dict
     if step > parts.config.critic.num_critic_only_steps:
-        return metrics | parts.trainer.update(batch)
-    return metrics | {"policy_loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
+        students = parts.trainer.update(batch)
+    else:
+        students = {"policy_loss": 0.0, "grad_norm": 0.0, "lr": 0.0}
+    return critics() | students
 
 
 def make_training_batch(rolled: RolloutResult, config: Config) -> TokenBatch:
@@ -176,27 +186,6 @@ def make_training_batch(rolled: RolloutResult, config: Config) -> TokenBatch:
     advantages_N = torch.zeros_like(rewards_N)
     advantages_N[trainable_N] = outcome_advantages(rewards_N[trainable_N], groups_N[trainable_N], config.algorithm)
     return make_batch(rolled.samples, advantages_N, samples_per_step=config.global_batch_size)
-
-
-def evaluate(parts: Parts) -> dict[str, float]:
-    """Mean task reward of each evaluation set; ``eval_accuracy`` is the first one's."""
-    if parts.eval_rollout is None:
-        return {}
-    started = time.monotonic()
-    metrics: dict[str, float] = {}
-    for name, prompts in parts.eval_sets:
-        samples_per_prompt = parts.config.eval.n_samples_per_eval_prompt
-        with parts.reporter.console.rollout(len(prompts) * samples_per_prompt, "eval") as progress:
-            rolled = parts.eval_rollout.run(
-                prompts,
-                samples_per_prompt=samples_per_prompt,
-                first_index=0,
-                params=parts.eval_sampling,
-                advance=progress.advance,
-            )
-        metrics[f"eval/{name}_accuracy"] = sum(rolled.rewards) / len(rolled.rewards)
-    first = parts.eval_sets[0][0]
-    return {"eval_accuracy": metrics[f"eval/{first}_accuracy"], **metrics, "time_eval": time.monotonic() - started}
 
 
 def check_scored(metrics: dict[str, float], config: Config) -> None:
@@ -229,7 +218,7 @@ def saving_on_failure(parts: Parts, state: RunState) -> Iterator[None]:
         everywhere = parts.config.parallel.world_size == 1 or isinstance(error, UnscoredError | Preempted)
         folder = parts.config.checkpoint.save
         if folder and state.step > 0 and everywhere:
-            if not state.on_disk:
+            if not finish_save(parts, wait=True) or not state.on_disk:
                 save(parts, state, must=True)
             logger.warning("step %d is saved in %s; --load resumes there", state.step, folder)
         if isinstance(error, UserError) and parts.stop.requested:
@@ -247,7 +236,7 @@ def report_step(parts: Parts, step: int, metrics: dict[str, float], line: Rollou
                 if parts.config.rollouts_ahead > 0:
                     sync_weights(parts, version=step)
                     line.version = step
-                metrics |= evaluate(parts)
+                metrics |= evaluate(parts, step)
     finally:
         report(parts, step, metrics)
 
@@ -258,18 +247,41 @@ def report(parts: Parts, step: int, metrics: dict[str, float]) -> None:
 
 
 def save(parts: Parts, state: RunState, *, must: bool) -> bool:
-    """True when the checkpoint is on disk. A save that fails (full disk) is tried again after the next step."""
+    """True when the checkpoint is on disk, or with --async-save and unless it ``must`` be there, being written.
+
+    A save that fails (full disk) is tried again after the next step.
+    """
+    finish_save(parts, wait=True)  # one at a time; if that one fails, this one is the next try
     if parts.reporter is not None:
         parts.reporter.console.phase("save")
     try:
         if parts.critic is not None:  # first: a student's checkpoint must find its critic's
             parts.critic.save(state.step)
         parts.trainer.save(state.step, extra=state.to_json())
-        if parts.journal is not None:
-            parts.journal.superseded(state.step)
+        superseded(parts, parts.trainer.finished_save(wait=must))
     except CheckpointError as error:
         if must:
             raise
-        logger.warning("%s. Training goes on; the next step tries again", error)
+        warn_of_save(error)
         return False
     return True
+
+
+def finish_save(parts: Parts, *, wait: bool) -> bool:
+    """False when a save that went on in the background has failed."""
+    try:
+        superseded(parts, parts.trainer.finished_save(wait=wait))
+    except CheckpointError as error:
+        warn_of_save(error)
+        return False
+    return True
+
+
+def superseded(parts: Parts, step: int | None) -> None:
+    """The journal lets go of what the checkpoint of this step, when it is complete, makes useless."""
+    if step is not None and parts.journal is not None:
+        parts.journal.superseded(step)
+
+
+def warn_of_save(error: CheckpointError) -> None:
+    logger.warning("%s. Training goes on; the next step tries again", error)

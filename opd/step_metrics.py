@@ -148,15 +148,26 @@ def idle_shares(times: Mapping[str, float], *, coloaded_teacher: bool) -> dict[s
     }
 
 
+def engine_idle_shares(metrics: Mapping[str, float], step_seconds: float) -> dict[str, float]:
+    """``engine_N/idle_share`` of each rollout server whose ``engine_N/busy_seconds`` is known."""
+    busy = {name: seconds for name, seconds in metrics.items() if name.endswith("/busy_seconds")}
+    return {
+        f"{name.removesuffix('busy_seconds')}idle_share": min(1.0, max(0.0, 1 - seconds / max(step_seconds, 1e-9)))
+        for name, seconds in busy.items()
+    }
+
+
 def per_sample_values(batch: TokenBatch, samples: list[Sample], *, kl_coef: float) -> dict[str, list[Any]]:
     """Per-token lists by position in ``samples``, for ``report.samples``; None for a sample of another rank's share."""
-    columns = {"student_log_probs": batch.student_kl_logprobs_T}
+    columns = {"student_log_probs": batch.student_kl_logprobs_T, "student_entropies": batch.student_entropy_T}
     if batch.reverse_kl_T is not None:
         columns |= {"teacher_log_probs": batch.teacher_logprobs_T, "penalties": kl_coef * batch.reverse_kl_T}
+        if batch.teacher_entropy_T is not None:
+            columns["teacher_entropies"] = batch.teacher_entropy_T
     values: dict[str, list[Any]] = {name: [None] * len(samples) for name in columns}
     for name, values_T in columns.items():
         rows = zip(batch.sample_N.tolist(), batch.teacher_scored_N.tolist(), batch.per_sample(values_T), strict=True)
         for position, scored, chunk in rows:
-            if scored or name == "student_log_probs":
+            if scored or name.startswith("student_"):
                 values[name][position] = chunk.tolist()
     return values

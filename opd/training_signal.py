@@ -59,6 +59,14 @@ def add_training_signal(
     return batch if path is None else batch.with_(advantages_T=_custom(path, batch, config) * own_T)
 
 
+def with_reverse_kl(batch: TokenBatch, config: Config) -> TokenBatch:
+    """``batch`` with ``reverse_kl_T`` alone, for answers that nothing is learned from; unchanged without OPD."""
+    if not config.opd.use_opd:
+        return batch
+    _, reverse_kl_T = _penalised(batch, torch.zeros_like(batch.loss_mask_T), batch.own_mask_T, config)
+    return batch.with_(reverse_kl_T=reverse_kl_T)
+
+
 def _custom(path: str, batch: TokenBatch, config: Config) -> torch.Tensor:
     """What the user's function makes of this rank's share; it finds all that is known so far in ``batch``.
 

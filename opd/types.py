@@ -18,7 +18,7 @@ import torch
 
 
 class SampleStatus(Enum):
-    PENDING = "pending"
+    PENDING = "pending"  # not begun, or set aside before its end: --partial-rollout
     COMPLETED = "completed"  # the model ended its answer
     TRUNCATED = "truncated"  # stopped at the response-length limit
     ABORTED = "aborted"  # the engine lost the request: excluded from training
@@ -58,6 +58,7 @@ class Sample:
     weight_version: int | None = None  # weights that wrote the response, its last token where they changed
     # (first response token, version) of each stretch written by the same weights; None: weight_version wrote all
     weight_spans: list[tuple[int, int]] | None = None
+    loss_mask: list[int] | None = None  # 0: this response token counts in no loss; None: all count
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,18 +80,31 @@ class SamplingParams:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = -1  # -1: off
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # of the whole answer
+    pause_after: int | None = None  # an answer that gets this many tokens in one call comes back PENDING
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     top_ids: int = 0  # report this many likeliest ids at every response token
 
+    def room(self, written: int, *, context_left: int) -> tuple[int, bool]:
+        """How many tokens one call may add to an answer of ``written`` tokens, where ``context_left`` more fit, and
+        whether the answer has room for more after them: it is then PENDING, not TRUNCATED."""
+        room = min(self.max_new_tokens - written, context_left)
+        if self.pause_after is not None and self.pause_after < room:
+            return self.pause_after, True
+        return room, False
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """``key`` numbers the request within the run; an engine that can, draws its noise from (seed, key) alone."""
+    """``key`` numbers the request within the run; an engine that can, draws its noise from (seed, key) and the place of
+    the token in its answer alone."""
 
     key: int
     prompt_ids: tuple[int, ...]
+    # The last so many of prompt_ids, and of teacher_prompt_ids, are the beginning of the answer, written earlier: the
+    # result holds what follows.
+    written: int = 0
     teacher_prompt_ids: tuple[int, ...] | None = None  # what a teacher that helps to write reads; None: prompt_ids
 
 

@@ -27,6 +27,7 @@ def write_tiny_model(
     rope: dict | None = None,
     vocab_size: int = VOCAB_SIZE,
     num_layers: int = 2,
+    hidden_size: int = 64,
     seed: int = 0,
 ) -> torch.nn.Module:
     """Saves the model and returns it, in ``dtype`` and eval mode. Norm weights and biases are random too: at their
@@ -40,14 +41,17 @@ def write_tiny_model(
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     }[family]
-    options: dict = {"head_dim": 24} if family == "qwen3" else {}
+    options: dict = {"head_dim": 24} if family in ("qwen3", "qwen3_moe") else {}
+    if family == "qwen3_moe":
+        options |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
     if rope is not None:
         options["rope_parameters"] = rope
     config = config_class(
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 3 // 2,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,

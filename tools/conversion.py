@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,6 @@ from opd.config.flags import ConfigError
 
 if TYPE_CHECKING:
     from opd.megatron_backend.convert import Converted
-    from opd.megatron_backend.groups import ParallelSizes
 
 
 def check_output(output: Path, *, flag: str, force: bool) -> None:
@@ -22,16 +23,26 @@ def check_output(output: Path, *, flag: str, force: bool) -> None:
         raise ConfigError(f"`{flag}={output}` is not empty. Choose another folder, or replace what it holds: --force.")
 
 
-def convert_alone(convert: Callable[[ParallelSizes, Callable[[str], None]], Converted]) -> None:
-    """Calls ``convert(sizes, say)`` in a Megatron world of one rank on the CPU, with a progress line, and reports.
+def file_size(text: str) -> int:
+    """``5GB`` -> bytes, for argparse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is no size: give a number and KB, MB or GB, such as 5GB")
+    return int(size)
 
-    Conversion needs memory, not arithmetic: host memory holds models that no single GPU does.
+
+def convert_here(convert: Callable[[Callable[[str], None]], Converted]) -> None:
+    """Calls ``convert(say)`` in a Megatron world on the CPU, with a progress line, and reports. The world is this
+    process, or those that torchrun has started.
+
+    Conversion needs neither arithmetic nor, tensor by tensor, much memory.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("starting Megatron", total=None)
         from opd.megatron_backend import device
@@ -39,10 +50,9 @@ def convert_alone(convert: Callable[[ParallelSizes, Callable[[str], None]], Conv
         rank_device = device.install()
         from opd.megatron_backend import groups
 
-        sizes = groups.ParallelSizes()
-        groups.init_distributed(sizes, device=rank_device)
+        groups.init_distributed(groups.ParallelSizes(), device=rank_device)
         try:
-            done = convert(sizes, lambda text: progress.update(task, description=text))
+            done = convert(lambda text: progress.update(task, description=text))
         finally:
             groups.shutdown()
     dtype = str(done.dtype).removeprefix("torch.")

@@ -2,8 +2,10 @@
 
     python tools/convert_hf_to_torch_dist.py --hf-checkpoint Qwen3-0.6B --save Qwen3-0.6B_torch_dist
 
-Writes SAVE/release (weights, unchanged to the bit), SAVE/hf (config and tokenizer) and the tracker file. MODEL_ARGS of
-scripts/models may be passed and are compared with the model's config.json, which is what decides.
+Writes SAVE/release (weights, unchanged to the bit), SAVE/hf (config and tokenizer) and the tracker file, tensor by
+tensor: a model may be larger than the memory. Several processes share out the tensors: torchrun --nproc-per-node 8
+tools/convert_hf_to_torch_dist.py ... MODEL_ARGS of scripts/models may be passed and are compared with the model's
+config.json, which is what decides.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opd.config.flags import ConfigError, build_parser, exit_with_error  # noqa: E402
 from opd.config.model_facts import ModelFacts, read_model_facts  # noqa: E402
 from opd.errors import UserError  # noqa: E402
-from tools.conversion import check_output, convert_alone  # noqa: E402
+from tools.conversion import check_output, convert_here, file_size  # noqa: E402
 
 if TYPE_CHECKING:
     from opd.megatron_backend.convert import Converted
-    from opd.megatron_backend.groups import ParallelSizes
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--hf-checkpoint", required=True, help="Hugging Face folder with safetensors weights")
     parser.add_argument("--save", required=True, help="folder to write")
+    parser.add_argument("--max-shard-size", type=file_size, help="begin a new file at this size; one file a process")
     parser.add_argument("--force", action="store_true", help="replace a conversion that --save holds already")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the folder")
     options, rest = parser.parse_known_args(argv)
@@ -61,13 +63,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    def convert(sizes: ParallelSizes, say: Callable[[str], None]) -> Converted:
+    def convert(say: Callable[[str], None]) -> Converted:
         from opd.megatron_backend.convert import hf_to_torch_dist
 
-        source, target = Path(options.hf_checkpoint), Path(options.save)
-        return hf_to_torch_dist(source, target, sizes, trust_remote_code=options.trust_remote_code, say=say)
+        return hf_to_torch_dist(
+            Path(options.hf_checkpoint),
+            Path(options.save),
+            max_file_bytes=options.max_shard_size,
+            trust_remote_code=options.trust_remote_code,
+            say=say,
+        )
 
-    convert_alone(convert)
+    convert_here(convert)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python tools/convert_torch_dist_to_hf.py --input-dir ckpt --output-dir Qwen3-0.6B-distilled
 
 ``--input-dir`` is a checkpoint folder (its latest step is taken) or one of its iter_NNNNNNN/ folders. Config and
-tokenizer come from ``--origin-hf-dir``, or from the hf/ folder that checkpoints carry.
+tokenizer come from ``--origin-hf-dir``, or from the hf/ folder that checkpoints carry. Tensor by tensor: a model may be
+larger than the memory. Several processes share out the tensors: torchrun --nproc-per-node 8
+tools/convert_torch_dist_to_hf.py ...
 """
 
 from __future__ import annotations
@@ -19,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opd.config.flags import ConfigError, exit_with_error  # noqa: E402
 from opd.errors import UserError  # noqa: E402
 from opd.megatron_backend.checkpoint_layout import hf_files, resolve  # noqa: E402
-from tools.conversion import check_output, convert_alone  # noqa: E402
+from tools.conversion import check_output, convert_here, file_size  # noqa: E402
 
 if TYPE_CHECKING:
     from opd.megatron_backend.convert import Converted
-    from opd.megatron_backend.groups import ParallelSizes
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +45,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--input-dir", required=True, help="checkpoint folder, or one iter_NNNNNNN/ or release/ in it")
     parser.add_argument("--output-dir", required=True, help="folder to write")
     parser.add_argument("--origin-hf-dir", help="Hugging Face folder with config and tokenizer of this model")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weights file")
+    parser.add_argument("--max-shard-size", type=file_size, default="5GB", help="largest weights file")
     parser.add_argument("--force", action="store_true", help="replace a model that --output-dir holds already")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the folder")
     return parser.parse_args(argv)
@@ -61,20 +62,19 @@ def _origin(options: argparse.Namespace) -> Path:
 
 
 def _convert(source: Path, origin: Path, options: argparse.Namespace) -> None:
-    def convert(sizes: ParallelSizes, say: Callable[[str], None]) -> Converted:
+    def convert(say: Callable[[str], None]) -> Converted:
         from opd.megatron_backend.convert import torch_dist_to_hf
 
         return torch_dist_to_hf(
             source,
             origin,
             Path(options.output_dir),
-            sizes,
-            max_shard_size=options.max_shard_size,
+            max_file_bytes=options.max_shard_size,
             trust_remote_code=options.trust_remote_code,
             say=say,
         )
 
-    convert_alone(convert)
+    convert_here(convert)
 
 
 if __name__ == "__main__":

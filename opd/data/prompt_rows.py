@@ -31,6 +31,7 @@ class Prompt:
 class PromptSource:
     """A prompt file and how to read it. ``eval_prefix`` ("eval-" or "") only changes which flags the messages name.
 
+    ``chat_template_variables``: for the chat template, besides the messages.
     ``teacher``: what the teachers are told about a row; evaluation has none. ``mixture``: the same of the teacher that
     helps to write, if there is one.
     """
@@ -41,6 +42,7 @@ class PromptSource:
     metadata_key: str
     apply_chat_template: bool
     eval_prefix: str = ""
+    chat_template_variables: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherPrompts | None = None
     mixture: TeacherPrompts | None = None
 
@@ -157,7 +159,9 @@ class PromptSource:
         for number, value in values:
             messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
             try:
-                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self.chat_template_variables
+                )
             except jinja2.TemplateError as error:
                 rule = "the tokenizer's chat template refuses a prompt"
                 raise self.error(rule, "Fix the messages.", [(number, str(error))]) from error

@@ -31,6 +31,7 @@ class PromptDataset:
 
     Args:
         apply_chat_template: render with the tokenizer's template; a string counts as one user message.
+        chat_template_variables: for that template, besides the messages.
         max_prompt_len: tokens; longer prompts are skipped and counted in ``skipped``.
         max_context_len: tokens of prompt and answer; a prompt must leave room for one answer token.
         shuffle: epoch ``e`` is shuffled with ``seed + e``; without it every epoch is in file order.
@@ -58,6 +59,7 @@ class PromptDataset:
         for_evaluation: bool = False,
         teacher: TeacherPrompts | None = None,
         mixture: TeacherPrompts | None = None,
+        chat_template_variables: dict[str, Any] | None = None,
     ) -> None:
         self._source = PromptSource(
             path=Path(path),
@@ -68,6 +70,7 @@ class PromptDataset:
             eval_prefix="eval-" if for_evaluation else "",
             teacher=teacher,
             mixture=mixture,
+            chat_template_variables=chat_template_variables or {},
         )
         prompts = self._source.load(tokenizer)
         self._prompts = self._drop_long(prompts, max_prompt_len, max_context_len)

@@ -33,7 +33,8 @@ class Answer:
     request: GenerationRequest
     prompt_lengths: list[int]  # of each view, tokens
     prompt_ends: list[int]  # last token of each view's prompt
-    limit: int  # response tokens at most
+    limit: int  # response tokens at most, in this call
+    pauses: bool  # at the limit the answer has room for more
     noise_LD: np.ndarray
     ids: list[int] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
@@ -89,7 +90,8 @@ def write(
     weight_version: int,
     vocab_size: int | None = None,
 ) -> Iterator[GenerationResult]:
-    """Yields each answer as it ends: at a stop token, ``max_new_tokens`` or where a view has no more positions.
+    """Yields each answer as it ends: at a stop token, ``max_new_tokens`` or where a view has no more positions; or, as
+    PENDING, after ``pause_after`` tokens.
 
     Args:
         max_context_lens: tokens of prompt and answer in each view.
@@ -212,15 +214,17 @@ def _start(
     problem = prompt_problem(lengths, max_context_lens)
     if problem is not None:
         raise ValueError(problem)
-    limit = min([params.max_new_tokens, *(m - length for m, length in zip(max_context_lens, lengths, strict=True))])
-    count = limit + writer.lookahead
+    context_left = min(m - length for m, length in zip(max_context_lens, lengths, strict=True))
+    limit, pauses = params.room(request.written, context_left=context_left)
+    count = request.written + limit + writer.lookahead
     noise = [request_noise(params.seed, request.key, count, stream=d) for d in range(writer.draws_per_token)]
     return Answer(
         request=request,
         prompt_lengths=lengths,
         prompt_ends=[prompt[-1] for prompt in prompts],
         limit=limit,
-        noise_LD=np.stack(noise, axis=1),
+        pauses=pauses,
+        noise_LD=np.stack(noise, axis=1)[request.written :],
     )
 
 
@@ -257,7 +261,8 @@ def _close_gaps(caches: Views, running: list[Answer], finished: set[int]) -> Non
 
 
 def _result(answer: Answer, error: str | None, *, ended: bool, weight_version: int) -> GenerationResult:
-    status = SampleStatus.COMPLETED if ended else SampleStatus.TRUNCATED if error is None else SampleStatus.ABORTED
+    at_limit = SampleStatus.PENDING if answer.pauses else SampleStatus.TRUNCATED
+    status = SampleStatus.COMPLETED if ended else at_limit if error is None else SampleStatus.ABORTED
     return GenerationResult(
         key=answer.request.key,
         response_ids=answer.ids,

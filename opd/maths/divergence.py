@@ -52,6 +52,12 @@ class ChunkDivergence:
     top1_agree_C: torch.Tensor  # 1.0 where both sides' likeliest token is the same
     tail_mass_C: torch.Tensor  # the student's mass outside the kept ids; 0 for the full vocabulary
 
+    def gradient(self) -> torch.Tensor:
+        """``grad_CV`` of a call that asked for it."""
+        if self.grad_CV is None:
+            raise ValueError("this divergence was computed with need_grad=False")
+        return self.grad_CV
+
 
 def divergence(
     student_logits_TV: torch.Tensor,
@@ -204,7 +210,7 @@ class _Divergence(torch.autograd.Function):
         for start in range(0, student_TV.shape[0], _CHUNK):
             rows = slice(start, start + _CHUNK)
             out = grad_TV[rows] if grad_TV.dtype == wide_dtype(student_TV) else None
-            grad_CV = divergence_and_grad(student_TV[rows], teacher_TV[rows], out=out, **ctx.options).grad_CV
+            grad_CV = divergence_and_grad(student_TV[rows], teacher_TV[rows], out=out, **ctx.options).gradient()
             grad_CV.mul_(grad_T[rows, None])
             if grad_CV.data_ptr() != grad_TV[rows].data_ptr():
                 grad_TV[rows] = grad_CV
@@ -222,7 +228,9 @@ def _in_blocks(
     """Runs ``block(rows, gradient or a buffer in its place, scratch)`` over the rows."""
     rows, columns = student_CV.shape
     dtype = wide_dtype(student_CV)
-    if need_grad and out is None:
+    if not need_grad:
+        out = None
+    elif out is None:
         out = student_CV.new_empty((rows, columns), dtype=dtype)
     elements = _CPU_BLOCK if student_CV.device.type == "cpu" else _DEVICE_BLOCK
     size = max(1, min(rows, elements // max(columns, 1)))
@@ -231,14 +239,14 @@ def _in_blocks(
     for start in range(0, rows, size):
         here = slice(start, min(start + size, rows))
         parts = [buffer[: here.stop - start] for buffer in scratch]
-        sums.append(block(here, out[here] if need_grad else parts.pop(), parts))
+        sums.append(block(here, parts.pop() if out is None else out[here], parts))
 
     def gathered(field: str) -> torch.Tensor:
         return torch.cat([getattr(s, field) for s in sums]) if sums else student_CV.new_empty(0, dtype=dtype)
 
     return ChunkDivergence(
         value_C=gathered("value_B"),
-        grad_CV=out if need_grad else None,
+        grad_CV=out,
         student_entropy_C=gathered("student_entropy_B"),
         teacher_entropy_C=gathered("teacher_entropy_B"),
         top1_agree_C=gathered("top1_agree_B"),

@@ -154,8 +154,8 @@ def _chunk(
             piece = divergence_and_grad(student_CV, teacher(index_C), **shared)
         else:
             piece = sparse_divergence_and_grad(student_CV, teacher[0][here], teacher[1][here], **shared)
-        if need_grad and piece.grad_CV.data_ptr() != student_CV.data_ptr():
-            student_CV.copy_(piece.grad_CV)
+        if need_grad and piece.gradient().data_ptr() != student_CV.data_ptr():
+            student_CV.copy_(piece.gradient())
         pieces.append(_per_row(piece))
         del piece
     return torch.cat(pieces, dim=1), logits_CV if need_grad else None

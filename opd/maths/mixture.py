@@ -76,8 +76,9 @@ def mix(
     _check_weight(method, fixed_alpha, scale)
     if method == "ess_balance":
         method, fixed_alpha = "fixed", 0.5
-    options = {"method": method, "alpha": fixed_alpha, "scale": float(scale)}
-    return _mix(student_logits_BV, teacher_logits_BV, **options, compiled=compiled)
+    return _mix(
+        student_logits_BV, teacher_logits_BV, method=method, alpha=fixed_alpha, scale=float(scale), compiled=compiled
+    )
 
 
 def solve_alpha(

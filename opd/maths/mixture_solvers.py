@@ -66,7 +66,7 @@ def solve_block(
 ) -> Solved:
     """``alpha``: the weight itself, one number or [R], with method "fixed"."""
     pair, student_norm_R1, teacher_norm_R1 = _prepare(student_logits_RV, teacher_logits_RV, workspace)
-    if method == "fixed":
+    if alpha is not None:
         alpha_R1 = torch.zeros_like(student_norm_R1) + (alpha[:, None] if isinstance(alpha, torch.Tensor) else alpha)
     else:
         alpha_R1 = _SOLVERS[method](pair)
@@ -118,7 +118,7 @@ def _prepare(
     return pair, norms[0], norms[1]
 
 
-def _weights(pair: _Pair, exponent_R1: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _weights(pair: _Pair, exponent_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(largest log-weight, sum of weights [R, 1], weights e^(log s + a L - largest) in the first spare buffer)."""
     weights_RV = pair.spare_RV[0]
     torch.addcmul(pair.student_RV, pair.ratio_RV, exponent_R1, out=weights_RV)
@@ -182,14 +182,14 @@ def _kl_symmetry(pair: _Pair) -> torch.Tensor:
     _, rounding_R1 = _centre(pair)
     ratio_RV, parts_RV = pair.ratio_RV, pair.spare_RV[1]
     bracket = _Bracket(ratio_RV[:, :1])
-    equal_R1 = None
-    for _ in range(KL_STEPS):
+    equal_R1 = torch.zeros_like(rounding_R1, dtype=torch.bool)
+    for step in range(KL_STEPS):
         _, total_R1, weighted_RV = _weights(pair, bracket.alpha_R1)
         torch.clamp_min(weighted_RV.mul_(ratio_RV), 0, out=parts_RV)
         mean_R1, above_R1 = _sum(weighted_RV), _sum(parts_RV)
         below_R1 = above_R1 - mean_R1
         square_R1, square_above_R1 = _rough_sum(weighted_RV.mul_(ratio_RV)), _rough_sum(parts_RV.mul_(ratio_RV))
-        if equal_R1 is None:
+        if step == 0:
             equal_R1 = square_R1 <= rounding_R1 * total_R1
         up_R1, down_R1 = square_above_R1 / above_R1, (square_R1 - square_above_R1) / below_R1
         cube_R1, cube_above_R1 = _rough_sum(weighted_RV.mul_(ratio_RV)), _rough_sum(parts_RV.mul_(ratio_RV))

@@ -59,6 +59,7 @@ def subtract_reverse_kl(
         what = f"discount={discount} needs" if span_T is None else "spans need"
         raise ValueError(f"{what} response_lengths: both stay within a sample")
     counts_T = loss_mask_T != 0
+    lengths = response_lengths or []
     difference_T = student_logprobs_T.detach() - teacher_logprobs_T.detach()
     reverse_kl_T = torch.where(counts_T, difference_T, torch.zeros_like(difference_T))
     if not torch.isfinite(reverse_kl_T).all():
@@ -67,9 +68,9 @@ def subtract_reverse_kl(
             " log-prob; mask samples whose score is not finite"
         )
     if span_T is None:
-        penalty_T = _penalty(reverse_kl_T, counts_T, response_lengths, clip=clip, discount=discount)
+        penalty_T = _penalty(reverse_kl_T, counts_T, lengths, clip=clip, discount=discount)
     else:
-        spans = spans_of(span_T, counts_T, response_lengths)
+        spans = spans_of(span_T, counts_T, lengths)
         sums_C = spans.sums(reverse_kl_T)
         penalty_C = _penalty(sums_C, spans.whole_C, spans.per_sample, clip=clip, discount=discount)
         penalty_T, reverse_kl_T = penalty_C[spans.of_token_T], spans.at_last_token(sums_C)
@@ -77,7 +78,7 @@ def subtract_reverse_kl(
 
 
 def _penalty(
-    reverse_kl: torch.Tensor, counts: torch.Tensor, lengths: list[int] | None, *, clip: float | None, discount: float
+    reverse_kl: torch.Tensor, counts: torch.Tensor, lengths: list[int], *, clip: float | None, discount: float
 ) -> torch.Tensor:
     """Of each token, or of each span; ``lengths``: how many of them each sample has."""
     penalty = reverse_kl if clip is None else reverse_kl.clamp(-clip, clip)

@@ -49,7 +49,7 @@ def policy_loss(
     eps = {"eps_low": eps_low, "eps_high": eps_high}
     if kind == "ppo":
         return _ppo(logprobs_T, old_logprobs_T, advantages_T, dual_clip=dual_clip, **eps)
-    if kind == "gspo":
+    if sequence_log_ratio_T is not None:
         return _gspo(logprobs_T, sequence_log_ratio_T, advantages_T, **eps)
     if kind == "cispo":
         return _cispo(logprobs_T, old_logprobs_T, advantages_T, **eps)

@@ -1,4 +1,4 @@
-"""``python -m opd.report OUTPUT_DIR``: summary and curves of a run that is still going, or was killed."""
+"""``python -m opd.report OUTPUT_DIR``: summary, curves and page of a run that is still going, or was killed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from opd.config.flags import exit_with_error
 from opd.report.console import make_rich_console
+from opd.report.html_data import ReportError
+from opd.report.html_report import write_html_report
 from opd.report.metrics import FILE_NAME, MetricsError, read_metrics
 from opd.report.plots import write_curves
 from opd.report.reporter import run_files
@@ -21,7 +23,8 @@ def main() -> None:
     try:
         rows = read_metrics(folder / FILE_NAME)
         write_curves(rows, folder / "curves.png")
-    except (MetricsError, OSError) as error:
+        write_html_report(folder)
+    except (MetricsError, ReportError, OSError) as error:
         exit_with_error(error)
     console, _ = make_rich_console(sys.stdout)
     print_summary(rows, console, run_files(folder))

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from opd.config.schema import OutputFlags
 from opd.report.console import Console
+from opd.report.html_data import ReportError
+from opd.report.html_report import FILE_NAME as PAGE_NAME
+from opd.report.html_report import write_html_report
 from opd.report.metrics import FILE_NAME, MetricsWriter, clean_row, read_metrics
 from opd.report.plots import write_curves
 from opd.report.prometheus import PrometheusSink
+from opd.report.run_record import write_run_record
 from opd.report.samples import drop_samples_after, write_samples
 from opd.report.sinks import Sink, TensorBoardSink, WandbSink
 from opd.report.summary import print_summary
@@ -27,12 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Use as a context manager around the loop: leaving it, also by an error, prints the summary and draws the curves.
+    """Use as a context manager around the loop: leaving it, also by an error, prints the summary, draws the curves and
+    writes the page.
 
     Args:
         total_steps: steps of the whole run, including those before a resume.
         start_step: steps already done; 0 for a fresh run.
         run_flags: every flag by name, shown in W&B.
+        given_flags: those that are not at their default, recorded in run.json.
 
     Raises:
         MetricsError: the output folder cannot be written. Everything else that fails to be written (full disk) is
@@ -47,6 +53,7 @@ class Reporter:
         total_steps: int,
         start_step: int = 0,
         run_flags: Mapping[str, Any] | None = None,
+        given_flags: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self.console = Console(total_steps, start_step, stream=stream)
@@ -62,6 +69,7 @@ class Reporter:
             self._sinks["Prometheus"] = PrometheusSink(output.prometheus_port, host)
         if self._folder:
             self._open_folder(self._folder, start_step, run_flags or {})
+            self._best_effort("run.json", lambda: write_run_record(self._folder, given_flags or {}))
 
     def __enter__(self) -> Reporter:
         self.console.__enter__()
@@ -101,6 +109,7 @@ class Reporter:
         if self._rows and self._folder:
             curves = self._folder / "curves.png"
             self._best_effort("curves", lambda: write_curves(self._rows, curves))
+            self._best_effort(PAGE_NAME, lambda: write_html_report(self._folder))
         if self._rows:
             print_summary(self._rows, self.console.rich, run_files(self._folder))
 
@@ -137,7 +146,7 @@ class Reporter:
             return
         try:
             action()
-        except OSError as error:
+        except (OSError, ReportError) as error:
             self._broken.add(what)
             self.console.warn(f"{what}: cannot be written from here on ({error}). Training goes on without.")
 
@@ -146,7 +155,8 @@ def run_files(folder: Path | None) -> dict[str, str]:
     """What of a run's output exists: label -> path."""
     if folder is None:
         return {}
-    names = {"metrics": FILE_NAME, "curves": "curves.png", "samples": "samples", "TensorBoard": "tensorboard"}
+    names = {"report": PAGE_NAME, "metrics": FILE_NAME, "curves": "curves.png"}
+    names |= {"samples": "samples", "TensorBoard": "tensorboard"}
     return {label: str(folder / name) for label, name in names.items() if (folder / name).exists()}
 
 

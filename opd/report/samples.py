@@ -1,10 +1,11 @@
-"""OUTPUT_DIR/samples/step_NNNNN.jsonl: a few answers of each rollout, token by token.
+"""OUTPUT_DIR/samples/: a few answers of each rollout (step_NNNNN.jsonl) and evaluation (eval_NNNNN.jsonl), by token.
 
-One object per line: ``step``, ``index``, ``group_index``, ``prompt``, ``label``, ``response``, ``reward``, ``status``,
-``off_policy`` (the answer comes from --sft-data), and lists with one entry per response token: ``token_ids``,
-``token_texts``, ``rollout_log_probs`` (behaviour policy, at the rollout temperature), ``student_log_probs`` and
-``teacher_log_probs`` (both at the temperature of the KL), in nats, and ``penalty`` (coef x reverse KL, before clip and
-discount). A list that is not known is null.
+One object per line: ``step``, ``evaluation``, ``index``, ``group_index``, ``prompt``, ``label``, ``response``,
+``reward``, ``status``, ``off_policy`` (the answer comes from --sft-data), ``mixed`` (a teacher had a hand in writing
+it), and lists with one entry per response token: ``token_ids``, ``token_texts``, ``rollout_log_probs`` (behaviour
+policy, at the rollout temperature), ``student_log_probs`` and ``teacher_log_probs`` (both at the KL's temperature), in
+nats, ``penalty`` (coef x reverse KL, before clip and discount), ``student_entropy`` and ``teacher_entropy`` (nats).
+A list that is not known is null.
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ def write_samples(
     samples: Sequence[Sample],
     *,
     limit: int,
+    evaluation: bool = False,
+    mixed: bool = False,
     student_log_probs: PerSample | None = None,
     teacher_log_probs: PerSample | None = None,
     penalties: PerSample | None = None,
+    student_entropies: PerSample | None = None,
+    teacher_entropies: PerSample | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Path | None:
-    """Writes up to ``limit`` samples, spread evenly over the rollout so that they come from different prompts.
+    """Writes up to ``limit`` samples, spread evenly over the rollout so that they come from different prompts; where
+    some have no student's log-probs (another rank knows them), of the others.
 
     ``teacher_log_probs`` may be left out when the samples carry theirs; ``decode`` is the tokenizer's.
 
@@ -47,30 +53,29 @@ def write_samples(
         ValueError: a per-sample list with another length than ``samples``, or a per-token one than the response.
         OSError: the folder cannot be written.
     """
-    count = min(limit, len(samples))
-    if count <= 0:
-        return None
-    for values in (student_log_probs, teacher_log_probs, penalties):
+    known = {
+        "student_log_probs": student_log_probs,
+        "teacher_log_probs": teacher_log_probs,
+        "penalty": penalties,
+        "student_entropy": student_entropies,
+        "teacher_entropy": teacher_entropies,
+    }
+    for values in known.values():
         if values is not None and len(values) != len(samples):
             raise ValueError(f"per-sample values for {len(values)} samples, but there are {len(samples)}")
+    if limit <= 0 or not samples:
+        return None
     lines = []
-    for k in range(count):
-        i = k * len(samples) // count
-        teacher = samples[i].teacher_log_probs if teacher_log_probs is None else teacher_log_probs[i]
-        record = _record(
-            step,
-            samples[i],
-            {
-                # an answer from a file has no behaviour policy
-                "rollout_log_probs": None if samples[i].off_policy else samples[i].rollout_log_probs,
-                "student_log_probs": student_log_probs[i] if student_log_probs is not None else None,
-                "teacher_log_probs": teacher,
-                "penalty": penalties[i] if penalties is not None else None,
-            },
-            decode,
-        )
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    path = Path(folder) / f"step_{step:05d}.jsonl"
+    for i in _chosen(samples, limit, student_log_probs):
+        sample = samples[i]
+        per_token = {name: None if values is None else values[i] for name, values in known.items()}
+        if teacher_log_probs is None:
+            per_token["teacher_log_probs"] = sample.teacher_log_probs
+        # an answer from a file has no behaviour policy
+        per_token["rollout_log_probs"] = None if sample.off_policy else sample.rollout_log_probs
+        facts = {"step": step, "evaluation": evaluation, "mixed": mixed and not evaluation}
+        lines.append(json.dumps(facts | _record(sample, per_token, decode), ensure_ascii=False) + "\n")
+    path = Path(folder) / f"{'eval' if evaluation else 'step'}_{step:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
@@ -78,23 +83,29 @@ def write_samples(
     return path
 
 
+def _chosen(samples: Sequence[Sample], limit: int, student_log_probs: PerSample | None) -> list[int]:
+    places = list(range(len(samples)))
+    if student_log_probs is not None and any(values is not None and len(values) for values in student_log_probs):
+        places = [i for i in places if student_log_probs[i] is not None]
+    count = min(limit, len(places))
+    return [places[k * len(places) // count] for k in range(count)]
+
+
 def drop_samples_after(folder: str | Path, step: int) -> None:
     """Removes the files of later steps, which a resumed run writes again."""
-    for path in Path(folder).glob("step_*.jsonl"):
-        number = re.fullmatch(r"step_(\d+)", path.stem)
+    for path in Path(folder).glob("*.jsonl"):
+        number = re.fullmatch(r"(?:step|eval)_(\d+)", path.stem)
         if number and int(number[1]) > step:
             path.unlink()
 
 
 def _record(
-    step: int,
     sample: Sample,
     per_token: dict[str, Sequence[float] | None],
     decode: Callable[[list[int]], str] | None,
 ) -> dict[str, Any]:
     ids = list(sample.response_ids)
     record: dict[str, Any] = {
-        "step": step,
         "index": sample.index,
         "group_index": sample.group_index,
         "prompt": sample.prompt,

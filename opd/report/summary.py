@@ -11,6 +11,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from opd.report.console import PHASES, accuracies
+from opd.report.cost_summary import cost_table, utilisation_line
 from opd.report.serving_summary import serving_table
 
 Row = Mapping[str, Any]
@@ -34,12 +35,12 @@ class Trend:
 def print_summary(rows: Sequence[Row], console: RichConsole, files: Mapping[str, str]) -> None:
     """Prints tables and headline; plain characters where the output is not a terminal. ``files``: label -> path."""
     plain = not console.is_terminal
-    for table in (_trend_table(rows), _time_table(rows), serving_table(rows)):
+    for table in (_trend_table(rows), _time_table(rows), cost_table(rows), serving_table(rows)):
         if table.row_count:
             table.box = box.ASCII2 if plain else box.ROUNDED
             console.print(table)
             console.print()
-    for line in [*headline(rows), *_counts(rows)]:
+    for line in [*headline(rows), *counts(rows), *utilisation_line(rows)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     width = max((len(label) for label in files), default=0)
     for label, path in files.items():
@@ -123,7 +124,7 @@ def _time_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _counts(rows: Sequence[Row]) -> list[str]:
+def counts(rows: Sequence[Row]) -> list[str]:
     lines = []
     tokens = sum(value for _, value in series(rows, "tokens"))
     seconds = sum(value for _, value in series(rows, "time_step"))

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from opd.config.flags import flag_text
+from opd.data.tokenizer import eos_token_ids
 from opd.teachers.token_bytes import TokenBytes
 from opd.teachers.token_spans import align, readable
 
@@ -91,6 +93,25 @@ class CrossTokenizer:
             self._warned.add(tokenizer.shown)
             logger.warning("an answer is not compared with the teacher: of %s the %s", tokenizer.shown, why)
         return Reading(teacher_ids=[], student_spans=[-1] * len(response_ids), teacher_spans=[])
+
+
+def between_folders(
+    student: Any, teacher: Any, *, student_folder: str, teacher_folder: str, chat: bool
+) -> CrossTokenizer:
+    """Between the tokenizers of two Hugging Face folders, those of --hf-checkpoint and --opd-teacher-tokenizer.
+
+    Args:
+        chat: see ``end_of_answer``.
+
+    Raises:
+        TeacherError: tokenizers that do not tell which bytes a token writes.
+    """
+    return CrossTokenizer(
+        TokenBytes(student, shown=flag_text("hf_checkpoint", student_folder)),
+        TokenBytes(teacher, shown=flag_text("opd_teacher_tokenizer", teacher_folder)),
+        student_ends=eos_token_ids(student_folder, student),
+        teacher_end=end_of_answer(teacher, eos_token_ids(teacher_folder, teacher), chat=chat),
+    )
 
 
 def end_of_answer(tokenizer: Any, ends: Collection[int], *, chat: bool) -> int | None:

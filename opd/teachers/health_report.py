@@ -36,12 +36,16 @@ async def check_health(
     *,
     tokenizer: Any = None,
     student_folder: str | Path | None = None,
+    own_tokenizer: str | None = None,
+    spans: HealthRow | None = None,
 ) -> HealthReport:
     """
     Args:
         client: without retries and leading prompts, for ``settings.in_flight`` requests.
-        tokenizer: the student's; None: not compared.
+        tokenizer: the student's, or with ``own_tokenizer`` the teacher's; None: not compared.
         student_folder: named in messages.
+        own_tokenizer: the flag and folder of the teacher's tokenizer where it is not the student's.
+        spans: what ``spans_row`` says of the two tokenizers.
     """
     url = client.http.base_url
     shown = f"`{url}`"
@@ -51,7 +55,9 @@ async def check_health(
         return HealthReport(url=url, rows=[_fault("server", error, shown)])
     model = str(info.get("model_path"))
     rows = [HealthRow(check="server", verdict=Verdict.PASS, found=_identity(info))]
-    rows += await _guarded("tokenizer", _tokenizer_row(client, info, tokenizer, student_folder, shown), shown)
+    expected = None if tokenizer is None else selftest.expected_tokenizer(tokenizer, student_folder, own_tokenizer)
+    rows += await _guarded("tokenizer", _tokenizer_row(client, info, expected, shown), shown)
+    rows += [] if spans is None else [spans]
 
     text = selftest.probe_text(tokenizer) if tokenizer is not None else selftest.PROBE_TEXT
     try:
@@ -117,22 +123,22 @@ def _replica_row(report: HealthReport, reference: HealthReport) -> HealthRow:
 
 
 async def _tokenizer_row(
-    client: SGLangTeacher, info: dict[str, Any], tokenizer: Any, student_folder: str | Path | None, shown: str
+    client: SGLangTeacher, info: dict[str, Any], expected: selftest.ExpectedTokenizer | None, shown: str
 ) -> HealthRow:
-    if tokenizer is None:
+    if expected is None:
         return HealthRow(
             check="tokenizer",
             verdict=Verdict.WARN,
             found="not compared",
             remedy="Name the student with --hf-checkpoint: a teacher that reads other token ids teaches noise.",
         )
-    expected = selftest.expected_tokenizer(tokenizer, student_folder, None)
     ids = await selftest.check_tokenizer(client, shown, info, expected)
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(expected.tokenizer.get_vocab().values())
+    whose = "as given" if expected.is_own else "the student's"
     return HealthRow(
         check="tokenizer",
         verdict=Verdict.PASS,
-        found=f"the student's: {len(ids)} probe ids agree, id {largest} is known",
+        found=f"{whose}: {len(ids)} probe ids agree, id {largest} is known",
         numbers={"probe_ids": len(ids), "largest_id": largest},
     )
 

@@ -35,6 +35,7 @@ class ExpectedTokenizer:
     tokenizer: Any
     shown: str  # whose it is
     remedy: str
+    is_own: bool = False  # the teacher's, not the student's
 
 
 async def check_teacher(
@@ -75,7 +76,7 @@ def expected_tokenizer(
 ) -> ExpectedTokenizer:
     if own_tokenizer is not None:
         remedy = "Prompts and answers are written for the teacher in these tokens: give the folder of the served model."
-        return ExpectedTokenizer(tokenizer=tokenizer, shown=own_tokenizer, remedy=remedy)
+        return ExpectedTokenizer(tokenizer=tokenizer, shown=own_tokenizer, remedy=remedy, is_own=True)
     remedy = (
         "The teacher scores the student's ids, so both need the same tokenizer: serve a teacher of the student's family"
     )

@@ -10,9 +10,10 @@ import torch
 from opd.build_rewards import _of_own_answers
 from opd.config.off_policy_rules import off_policy_prompts
 from opd.config.schema import Config, DistillationFlags, OffPolicyFlags, OpdFlags, RolloutFlags
+from opd.data.prompts import Prompt
 from opd.rollout.driver import RolloutDriver, RolloutResult, keep_rewards
 from opd.rollout.mixing import NOTHING, mix, unscored
-from opd.rollout.plan import plan_rollout, write_rollout
+from opd.rollout.plan import RolloutPlanner, RolloutWriter
 from opd.run_state import RunState
 from opd.step import make_training_batch
 from opd.step_metrics import batch_metrics, rollout_metrics
@@ -99,9 +100,10 @@ class Driver:
     def __init__(self) -> None:
         self.asked, self.scored = [], []
 
-    def run(self, prompts, *, samples_per_prompt, first_index, params, advance):
-        self.asked.append((prompts, first_index))
-        return own(len(prompts) * samples_per_prompt)
+    def write(self, groups, *, leaving, params, advance):
+        assert leaving == len(groups)
+        self.asked.append(([group.prompt.index for group in groups], groups[0].samples[0].index))
+        return own(sum(len(group.samples) for group in groups)), []
 
     def score(self, samples):
         self.scored += samples
@@ -116,7 +118,7 @@ class Cursor:
 
     def take(self, n):
         self.position += n
-        return list(range(self.position - n, self.position))
+        return [Prompt(index=i, text="", ids=(1,)) for i in range(self.position - n, self.position)]
 
     def take_samples(self, n, first_index):
         self.take(n)
@@ -143,17 +145,19 @@ def make_parts(config: Config, *, leader: bool = True) -> SimpleNamespace:
         rollout=Driver() if leader else None,
         reporter=SimpleNamespace(console=console),
         train_sampling=None,
+        journal=None,
     )
 
 
-def generate(parts: SimpleNamespace, step: int) -> RolloutResult | None:
-    return write_rollout(parts, plan_rollout(parts, step))
+def generate(parts: SimpleNamespace, *steps: int) -> list[RolloutResult | None]:
+    planner, writer = RolloutPlanner(parts, RunState()), RolloutWriter(parts, RunState())
+    return [writer(planner(step)) for step in steps]
 
 
 def test_a_warm_up_step_uses_no_engine_and_a_later_one_mixes():
     config = make_config(sft_steps=1, opd_off_policy_fraction=0.25)
     parts = make_parts(config)
-    first, second = generate(parts, 1), generate(parts, 2)
+    first, second = generate(parts, 1, 2)
     assert [s.index for s in first.samples] == list(range(8))
     assert all(s.off_policy for s in first.samples)
     assert parts.rollout.asked == [([0, 1, 2], 8)]
@@ -164,9 +168,8 @@ def test_a_warm_up_step_uses_no_engine_and_a_later_one_mixes():
 def test_all_ranks_move_the_cursors_alike():
     config = make_config(sft_steps=1, opd_off_policy_fraction=0.25)
     leader, other = make_parts(config), make_parts(config, leader=False)
-    for step in (1, 2):
-        generate(leader, step)
-        assert generate(other, step) is None
+    generate(leader, 1, 2)
+    assert generate(other, 1, 2) == [None, None]
     assert (leader.prompts.position, leader.answers.position) == (3, 10)
     assert (other.prompts.position, other.answers.position) == (3, 10)
 

@@ -7,7 +7,7 @@ import torch
 
 from opd.config.schema import Config, OpdFlags, RolloutFlags
 from opd.data.batching import make_batch
-from opd.step_metrics import batch_metrics, idle_shares
+from opd.step_metrics import batch_metrics, engine_idle_shares, idle_shares
 from opd.training_signal import add_training_signal
 from opd.types import Sample, SampleStatus
 
@@ -84,3 +84,8 @@ def test_a_served_teacher_leaves_the_trainer_idle_and_a_coloaded_one_does_not():
 
 def test_a_rollout_longer_than_the_step_that_uses_it_leaves_no_negative_share():
     assert idle_shares(TIMES | {"time_rollout": 12.0}, coloaded_teacher=False)["engine_idle_share"] == 0.0
+
+
+def test_idle_shares_of_single_engines() -> None:
+    metrics = {"engine_1/busy_seconds": 1.5, "engine_2/busy_seconds": 3.0, "reward_mean": 0.5}
+    assert engine_idle_shares(metrics, 2.0) == {"engine_1/idle_share": 0.25, "engine_2/idle_share": 0.0}

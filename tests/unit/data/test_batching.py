@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opd.data.batching import balanced_partition, data_parallel_share, make_batch, micro_batches
+from opd.data.batching import MicroBatchLimit, balanced_partition, data_parallel_share, make_batch, micro_batches
 from opd.types import Sample, SampleStatus
 
 
@@ -69,14 +69,20 @@ def test_shares_cover_each_optimizer_step_exactly_once():
 @pytest.mark.parametrize("budget", [10, 17, 64, 1000])
 def test_micro_batches_respect_the_budget(budget):
     lengths = [9, 3, 12, 7, 7, 1, 30, 2]
-    plan = micro_batches(lengths, max_tokens=budget)
+    plan = micro_batches(lengths, MicroBatchLimit(tokens=budget))
     assert sorted(i for part in plan for i in part) == list(range(8))
     assert all(len(part) == 1 or sum(lengths[i] for i in part) <= budget for part in plan)
 
 
 def test_micro_batches_can_be_made_more_but_not_empty():
-    assert len(micro_batches([4, 4, 4], max_tokens=100, at_least=2)) == 2
-    assert micro_batches([4, 4], max_tokens=100, at_least=5) == [[0], [1]]
+    assert len(micro_batches([4, 4, 4], MicroBatchLimit(tokens=100), at_least=2)) == 2
+    assert micro_batches([4, 4], MicroBatchLimit(tokens=100), at_least=5) == [[0], [1]]
+
+
+def test_a_fixed_number_of_samples_takes_the_batch_in_order():
+    limit = MicroBatchLimit(tokens=5, samples=3)
+    assert micro_batches([9, 1, 1, 9, 1, 1, 1], limit) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert micro_batches([4, 4], limit, at_least=2) == [[0], [1]]
 
 
 def test_balanced_partition_by_hand():

@@ -72,6 +72,18 @@ def test_chat_prompts_carry_the_templates_special_tokens_once(tmp_path: Path) ->
     assert prompts[1].label is None
 
 
+def test_variables_reach_the_template(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"input": "one"}])
+    tokenizer = make_tokenizer(chat_template="{{ messages[0].content }}{% if thinking is false %} two{% endif %}")
+    texts = [
+        dataset(path, label_key=None, tokenizer=tokenizer, apply_chat_template=True, chat_template_variables=variables)
+        .all()[0]
+        .text
+        for variables in (None, {"thinking": False})
+    ]
+    assert texts == ["one", "one two"]
+
+
 def test_parquet_reads_like_jsonl(tmp_path: Path) -> None:
     rows = [
         {"input": [{"role": "user", "content": "one"}], "label": "1", "metadata": {"level": 1}},
@@ -98,7 +110,7 @@ def test_malformed_lines_are_listed_with_number_and_content(tmp_path: Path) -> N
     lines = [b'{"input": "one"}', b'{"input": "tw', b"[1, 2]", b'{"input": "\xff"}', b"rubbish", b'{"input": "one"}']
     path.write_bytes(b"\n".join(lines))
     assert refused(path) == (
-        "`--prompt-data=FILE`: every line must be one JSON object, and 4 are not (row 2: '{\"input\": \"tw'; "
+        '`--prompt-data=FILE`: every line must be one JSON object, and 4 are not (row 2: \'{"input": "tw\'; '
         "row 3: '[1, 2]'; row 4: '{\"input\": \"\ufffd\"}'; and 1 more). Fix or delete these lines."
     )
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 from tests.tiny_models import VOCAB_SIZE, write_tiny_model
+from tests.unit.megatron_backend.limits import files_limited_to
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("single_process")]
 
@@ -99,6 +97,79 @@ def test_a_resumed_run_is_the_run_that_went_on(
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_another_kind_of_optimizer_goes_on(tmp_path: Path, model_folder: Path, bf16: bool, distributed: bool) -> None:
+    from opd.megatron_backend import checkpoint
+
+    first = Training(model_folder, bf16=bf16, distributed=distributed)
+    first.steps(3)
+    checkpoint.save(tmp_path, 3, **first.parts())
+    expected = first.steps(3)
+    second = Training(model_folder, bf16=bf16, distributed=not distributed)
+    checkpoint.load(tmp_path, **second.parts())
+    assert second.steps(3) == expected
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_the_flags_of_the_resumed_run_win(tmp_path: Path, model_folder: Path, distributed: bool) -> None:
+    from opd.megatron_backend import checkpoint
+
+    first = Training(model_folder, bf16=False, distributed=distributed)
+    first.steps(1)
+    checkpoint.save(tmp_path, 1, **first.parts())
+    second = Training(model_folder, bf16=False, distributed=distributed)
+    for group in second.optimizer.param_groups:
+        group["betas"] = (0.5, 0.6)
+    checkpoint.load(tmp_path, model=second.ddp, optimizer=second.optimizer)
+    assert {group["betas"] for group in second.optimizer.param_groups} == {(0.5, 0.6)}
+    state = second.optimizer.chained_optimizers[0].optimizer.state.values()
+    assert {int(each["step"]) for each in state} == {1}
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_saved_before_the_first_optimizer_step(tmp_path: Path, model_folder: Path, distributed: bool) -> None:
+    """As a student is while its critic alone learns."""
+    from opd.megatron_backend import checkpoint
+
+    first = Training(model_folder, bf16=True, distributed=distributed)
+    checkpoint.save(tmp_path, 1, **first.parts())
+    expected = first.steps(2)
+    second = Training(model_folder, bf16=True, distributed=distributed)
+    with torch.no_grad():
+        for parameter in second.ddp.parameters():
+            parameter.zero_()
+    checkpoint.load(tmp_path, **second.parts())
+    assert second.steps(2) == expected
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_copy_is_not_torn_by_the_training_that_goes_on(tmp_path: Path, model_folder: Path, distributed: bool) -> None:
+    from opd.megatron_backend import checkpoint
+
+    first = Training(model_folder, bf16=True, distributed=distributed)
+    first.steps(2)
+    snapshot = checkpoint.take(tmp_path, 2, **first.parts(), copy=True)
+    expected = first.steps(3)
+    snapshot.write()
+    second = Training(model_folder, bf16=True, distributed=distributed)
+    checkpoint.load(tmp_path, **second.parts())
+    assert second.steps(3) == expected
+
+
+def test_optimizer_state_of_one_layout_only_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    from opd.megatron_backend import checkpoint
+
+    training = Training(model_folder, bf16=False, distributed=True)
+    training.steps(1)
+    path = checkpoint.save(tmp_path, 1, **training.parts())
+    common = torch.load(path / "common.pt")
+    common["optimizer"]["param_state_sharding_type"] = "dp_reshardable"
+    torch.save(common, path / "common.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="cut as `dp_reshardable`.*--no-load-optim"):
+        checkpoint.load(tmp_path, **training.parts())
+
+
 def test_generators_continue_where_they_were(tmp_path: Path, model_folder: Path) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -129,17 +200,6 @@ def test_weights_alone_load_without_an_optimizer_and_keep_their_dtype(tmp_path: 
     loaded = checkpoint.load(tmp_path, model=model)
     assert loaded.iteration == "release"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), training.ddp.parameters(), strict=True))
-
-
-@contextmanager
-def files_limited_to(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses longer files with an OSError, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("num_bytes", [10, 20_000])  # refuses common.pt; only the tensors
@@ -179,7 +239,7 @@ def test_another_model_or_a_missing_part_is_refused(tmp_path: Path, model_folder
         with pytest.raises(checkpoint.CheckpointError, match="does not fit this model"):
             checkpoint.load(tmp_path, model=build(tmp_path / other))
     training = Training(model_folder, bf16=False, distributed=True)
-    with pytest.raises(checkpoint.CheckpointError, match="does not fit this model and optimizer"):
+    with pytest.raises(checkpoint.CheckpointError, match="holds no optimizer state.*--no-load-optim"):
         checkpoint.load(tmp_path, model=training.ddp, optimizer=training.optimizer)
     with pytest.raises(checkpoint.CheckpointError, match="holds no scheduler state"):
         checkpoint.load(tmp_path, model=training.ddp, scheduler=training.scheduler)
@@ -196,11 +256,11 @@ class Called:
 def test_an_index_of_an_early_python_3_11_is_read(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-    from opd.megatron_backend.checkpoint import _check_metadata
+    from opd.megatron_backend.checkpoint_index import check_index
 
     member = Called(getattr, _MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")  # as these pickle it
     (tmp_path / ".metadata").write_bytes(pickle.dumps(member))
-    _check_metadata(tmp_path)
+    check_index(tmp_path)
     assert pickle.loads(pickle.dumps(member)) is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,33 +50,42 @@ def test_accelerator_generator_is_the_default_generator() -> None:
         assert torch.equal(torch.rand(3), first)
 
 
-@cpu_only
-def test_transformers_models_import_after_install() -> None:
+@pytest.fixture(scope="module")
+def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a process prints that installs the shim first and then imports transformers, builds and loads a model."""
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder, "qwen3", tied=True)
     script = (
+        "import sys, torch\n"
         "from opd.megatron_backend import device; device.install()\n"
-        "from transformers import Qwen3ForCausalLM; import torchvision; print('imported')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:opd", "-c", script], capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["imported"], done.stderr
-
-
-@cpu_only
-def test_device_blocks_still_work_in_a_fresh_process(tmp_path: Path) -> None:
-    """transformers builds models under ``torch.device("meta")`` and fills in what no checkpoint holds afterwards."""
-    write_tiny_model(tmp_path, "qwen3", tied=True)
-    script = (
-        "import torch\n"
-        "from opd.megatron_backend import device; device.install()\n"
+        "print('torch._inductor' in sys.modules)\n"
+        "from transformers import Qwen3ForCausalLM; import torchvision; print('imported')\n"
         "with torch.device('meta'): print(torch.arange(3).device)\n"
         "from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
         "frequencies = 10000.0 ** -(torch.arange(0, 24, 2) / 24)\n"
         "print(torch.allclose(model.model.rotary_emb.inv_freq, frequencies))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.split() == ["meta", "True"], done.stderr
+    command = [sys.executable, "-W", "error::UserWarning:opd", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@cpu_only
+def test_transformers_models_import_after_install(fresh_process: list[str]) -> None:
+    assert fresh_process[1] == "imported"
+
+
+@cpu_only
+def test_device_blocks_still_work_in_a_fresh_process(fresh_process: list[str]) -> None:
+    """transformers builds models under ``torch.device("meta")`` and fills in what no checkpoint holds afterwards."""
+    assert fresh_process[2:] == ["meta", "True"]
+
+
+@cpu_only
+def test_no_compiler_is_imported_with_megatron(fresh_process: list[str]) -> None:
+    assert fresh_process[0] == "False"
 
 
 def test_each_parameter_keeps_its_own_adam_step(single_process: None) -> None:

@@ -29,8 +29,7 @@ ROW = {
 
 def test_the_step_line() -> None:
     expected = (
-        "step  5/40  reward 0.531  reverse KL 0.0831  length 33  "
-        "1.5 s (rollout 0.6, teacher 0.1, train 0.7, sync 0.0)"
+        "step  5/40  reward 0.531  reverse KL 0.0831  length 33  1.5 s (rollout 0.6, teacher 0.1, train 0.7, sync 0.0)"
     )
     assert format_step(ROW, 40) == expected
     assert format_step({**ROW, "eval_accuracy": 0.55, "unscored_share": 0.125}, 40) == (

@@ -30,7 +30,14 @@ def record(folder: Path, rows: list[dict], *, start_step: int = 0, **flags: obje
 
 def test_a_run_leaves_all_its_files_and_a_summary(tmp_path: Path) -> None:
     shown = record(tmp_path, learning_run(10))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl", "samples", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.png",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+        "samples",
+        "tensorboard",
+    ]
     assert read_metrics(tmp_path / "metrics.jsonl") == learning_run(10)
     lines = shown.splitlines()
     assert lines[0] == "step  0/10  accuracy 34.0%"

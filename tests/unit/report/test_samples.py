@@ -46,6 +46,8 @@ def test_per_token_values_line_up_with_the_response(tmp_path: Path) -> None:
     assert read(path) == [
         {
             "step": 7,
+            "evaluation": False,
+            "mixed": False,
             "index": 0,
             "group_index": 0,
             "prompt": "3+4=",
@@ -53,13 +55,15 @@ def test_per_token_values_line_up_with_the_response(tmp_path: Path) -> None:
             "response": "xx",
             "reward": 1.0,
             "status": "completed",
-                "off_policy": False,
+            "off_policy": False,
             "token_ids": [11, 12],
             "token_texts": ["<11>", "<12>"],
             "rollout_log_probs": [-0.5, -0.5],
             "student_log_probs": [-0.5, None],
             "teacher_log_probs": [-0.25, -1.0],
             "penalty": [0.123457, 0.0],
+            "student_entropy": None,
+            "teacher_entropy": None,
         }
     ]
 
@@ -77,6 +81,14 @@ def test_samples_without_scores_have_null_lists(tmp_path: Path) -> None:
     records = read(write_samples(tmp_path, 1, samples, limit=2, student_log_probs=[None, []]))
     assert [record["rollout_log_probs"] for record in records] == [None, []]
     assert records[0]["teacher_log_probs"] is records[0]["student_log_probs"] is records[0]["token_texts"] is None
+
+
+def test_only_answers_whose_values_are_known_here_are_chosen(tmp_path: Path) -> None:
+    samples = [sample(i, [11]) for i in range(8)]
+    student = [[-0.5] if i % 2 else None for i in range(8)]  # the others are of another rank's share
+    path = write_samples(tmp_path, 3, samples, limit=2, evaluation=True, student_log_probs=student)
+    assert path.name == "eval_00003.jsonl"
+    assert [record["index"] for record in read(path)] == [1, 5]
 
 
 def test_nothing_is_written_when_nothing_is_asked_for(tmp_path: Path) -> None:

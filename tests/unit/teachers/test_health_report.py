@@ -13,7 +13,7 @@ import pytest
 from opd.report.console import make_rich_console
 from opd.report.health_table import print_health
 from opd.teachers.health_report import check_health, compare_replicas
-from opd.teachers.health_rows import HealthReport, HealthSettings, Verdict
+from opd.teachers.health_rows import HealthReport, HealthRow, HealthSettings, Verdict
 from opd.teachers.sglang_teacher import SGLangTeacher
 from tests.unit.teachers.health_server import ByteTokenizer, HealthyServer
 
@@ -108,6 +108,29 @@ def test_a_fault_is_found_where_it_is(server: HealthyServer, check: str, verdict
     assert words in report.row(check).remedy
     others = {name: found for name, found in verdicts(report).items() if name != check}
     assert {name for name, found in others.items() if found is Verdict.FAIL} == set()
+
+
+def test_a_teacher_with_its_own_tokenizer_is_held_to_that_one() -> None:
+    """The same server, whose ids are not the student's: well with its own tokenizer, ill with another."""
+    spans = HealthRow(check="text spans", verdict=Verdict.PASS, found="all")
+
+    async def report(own: Any) -> HealthReport:
+        async with HealthyServer().running() as url:
+            client = SGLangTeacher(url, timeout_s=5.0, retries=0, concurrency=4, deadline_s=5.0, lead_prompts=False)
+            try:
+                shown = "`--opd-teacher-tokenizer=teacher`"
+                return await check_health(client, SETTINGS, tokenizer=own, own_tokenizer=shown, spans=spans)
+            finally:
+                await client.close()
+
+    good = asyncio.run(report(ByteTokenizer()))
+    assert list(verdicts(good))[1:3] == ["tokenizer", "text spans"]
+    assert good.row("tokenizer").found.startswith("as given: ")
+    shifted = ByteTokenizer()
+    shifted.encode = lambda text, add_special_tokens=True: [(byte + 1) % 256 for byte in text.encode()]
+    bad = asyncio.run(report(shifted))
+    assert bad.row("tokenizer").verdict is Verdict.FAIL
+    assert "than `--opd-teacher-tokenizer=teacher`" in bad.row("tokenizer").remedy
 
 
 def test_wrong_ids_end_the_report_with_the_reason() -> None:

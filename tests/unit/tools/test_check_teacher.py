@@ -42,6 +42,8 @@ def test_servers_that_are_not_there_are_columns_and_no_traceback(tmp_path: Path)
         (["http://a", "--samples", "0"], "`--samples=0` must be at least 1"),
         (["http://a", "--hf-checkpoint", "nowhere"], "`--hf-checkpoint=nowhere` does not exist"),
         (["http://a", "--api-key-env", "OPD_NO_SUCH_KEY"], "that environment variable is not set"),
+        (["http://a", "--opd-teacher-tokenizer", "."], "`--opd-teacher-tokenizer` needs `--hf-checkpoint`"),
+        (["http://a", "--answers", "."], "`--answers` needs `--opd-teacher-tokenizer`"),
         ([], "arguments are required: URL"),
     ],
 )

@@ -1,0 +1,83 @@
+"""The evaluation: the task reward of each evaluation set, and a few of the answers scored token by token.
+
+An evaluation answers the same prompts every time, so these answers show what the training changed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from opd.data.batching import make_batch
+from opd.step_metrics import per_sample_values
+from opd.training_signal import with_reverse_kl
+from opd.types import Sample
+
+if TYPE_CHECKING:
+    from opd.step import Parts
+
+
+def evaluate(parts: Parts, step: int) -> dict[str, float]:
+    """Mean task reward of each evaluation set, on the rank that generates; ``eval_accuracy`` is the first one's.
+
+    All ranks take part in scoring some of the first set's answers, for the report.
+    """
+    started = time.monotonic()
+    metrics: dict[str, float] = {}
+    answers: list[Sample] | None = None
+    if parts.eval_rollout is not None:
+        metrics, answers = _write(parts)
+    if parts.config.output.output_dir and parts.config.output.num_saved_samples > 0:
+        _record(parts, step, answers)
+    return metrics and {**metrics, "time_eval": time.monotonic() - started}
+
+
+def _write(parts: Parts) -> tuple[dict[str, float], list[Sample]]:
+    """The accuracies, and the answers to the first set."""
+    samples_per_prompt = parts.config.eval.n_samples_per_eval_prompt
+    metrics: dict[str, float] = {}
+    first: list[Sample] = []
+    for name, prompts in parts.eval_sets:
+        with parts.reporter.console.rollout(len(prompts) * samples_per_prompt, "eval") as progress:
+            rolled = parts.eval_rollout.run(
+                prompts,
+                samples_per_prompt=samples_per_prompt,
+                first_index=0,
+                params=parts.eval_sampling,
+                advance=progress.advance,
+            )
+        metrics[f"eval/{name}_accuracy"] = sum(rolled.rewards) / len(rolled.rewards)
+        first = first or rolled.samples
+    accuracy = metrics[f"eval/{parts.eval_sets[0][0]}_accuracy"]
+    return {"eval_accuracy": accuracy, **metrics}, first
+
+
+def _record(parts: Parts, step: int, answers: list[Sample] | None) -> None:
+    """Saves the same --num-saved-samples answers each time, with student's and teacher's log-probs of every token."""
+    config, trainer = parts.config, parts.trainer
+    chosen = None if answers is None else _chosen(answers, config.output.num_saved_samples, parts)
+    if not trainer.on_any_rank(bool(chosen)):
+        return
+    batch = None
+    if chosen:
+        if parts.eval_scoring is not None:
+            parts.eval_scoring.score(chosen)
+        batch = make_batch(chosen, torch.zeros(len(chosen)), samples_per_step=len(chosen))
+    batch = trainer.forward_logprobs(trainer.load(batch), "student")
+    if config.opd.opd_type == "megatron":
+        batch = trainer.forward_logprobs(batch, "teacher")
+    if chosen:
+        batch = with_reverse_kl(batch, config)
+        per_token = per_sample_values(batch, chosen, kl_coef=config.penalty_coef)
+        parts.reporter.samples(step, chosen, evaluation=True, decode=parts.decode, **per_token)
+
+
+def _chosen(answers: list[Sample], count: int, parts: Parts) -> list[Sample]:
+    """Spread evenly over the set; none where there are fewer than data-parallel ranks. Each of these scores a share,
+    and the first one's is saved."""
+    usable = [sample for sample in answers if sample.trainable]
+    ranks = parts.config.parallel.data_parallel_size
+    wanted = min(count * ranks, len(usable))
+    return [usable[k * len(usable) // wanted] for k in range(wanted)] if wanted >= ranks else []

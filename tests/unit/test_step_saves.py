@@ -1,0 +1,86 @@
+"""When a save that goes on in the background is heard of, and what its failure leads to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from opd.config.schema import CheckpointFlags, Config
+from opd.errors import UserError
+from opd.megatron_backend.checkpoint_layout import CheckpointError
+from opd.run_state import RunState
+from opd.step import finish_save, save, saving_on_failure
+
+pytestmark = pytest.mark.unit
+
+
+class Saves:
+    """The saving side of a trainer: what ``finished_save`` says of each save in turn, once it has to say something."""
+
+    def __init__(self, *outcomes: bool) -> None:
+        self.outcomes = list(outcomes)
+        self.saved: list[int] = []
+        self.under_way: int | None = None
+        self.superseded: list[int] = []
+
+    def save(self, iteration: int, *, extra: dict[str, Any]) -> None:
+        assert self.under_way is None, "a save was begun before the one before it was over"
+        self.saved.append(iteration)
+        self.under_way = iteration
+
+    def finished_save(self, *, wait: bool) -> int | None:
+        if self.under_way is None or not wait:
+            return None
+        iteration, self.under_way = self.under_way, None
+        if not self.outcomes.pop(0):
+            raise CheckpointError("disk full")
+        return iteration
+
+    def parts(self) -> Any:
+        journal = SimpleNamespace(superseded=self.superseded.append)
+        config = Config(checkpoint=CheckpointFlags(save="folder"))
+        return SimpleNamespace(config=config, trainer=self, critic=None, reporter=None, journal=journal)
+
+
+def test_the_journal_keeps_a_step_until_its_checkpoint_is_complete() -> None:
+    saves = Saves(True, True)
+    assert save(saves.parts(), RunState(step=2), must=False)
+    assert saves.superseded == []
+    assert save(saves.parts(), RunState(step=4), must=False)  # waits for the one before
+    assert saves.superseded == [2]
+    assert finish_save(saves.parts(), wait=True)
+    assert saves.superseded == [2, 4]
+
+
+def test_a_failure_is_heard_of_after_the_step_and_is_no_end(caplog: pytest.LogCaptureFixture) -> None:
+    saves = Saves(False, True)
+    assert save(saves.parts(), RunState(step=2), must=False)
+    assert not finish_save(saves.parts(), wait=True)
+    assert "disk full. Training goes on" in caplog.text
+    assert finish_save(saves.parts(), wait=True)  # and is told once
+    assert saves.superseded == []
+
+
+def test_the_last_save_must_succeed_and_is_waited_for() -> None:
+    saves = Saves(True, False)
+    assert save(saves.parts(), RunState(step=2), must=True)
+    assert saves.superseded == [2]
+    with pytest.raises(CheckpointError, match="disk full"):
+        save(saves.parts(), RunState(step=3), must=True)
+
+
+@pytest.mark.parametrize(("written", "saved"), [(True, [2]), (False, [2, 2])])
+def test_a_run_that_is_stopped_waits_and_saves_again_what_failed(written: bool, saved: list[int]) -> None:
+    saves = Saves(written, True)
+    state = RunState(step=2)
+    save(saves.parts(), state, must=False)
+    with pytest.raises(UserError, match="mend me"), saving_on_failure(_with_stop(saves.parts()), state.saved()):
+        raise UserError("mend me")
+    assert saves.saved == saved and saves.under_way is None
+
+
+def _with_stop(parts: Any) -> Any:
+    parts.stop = SimpleNamespace(requested=False)
+    return parts
