@@ -3,6 +3,7 @@
 
 OPD_VENV ?= .venv
 PYTHON ?= python3
+unexport PYTHON  # it makes the environment; scripts that read a PYTHON of their own take the environment's
 PYTEST_ARGS ?=
 # Test processes side by side; files stay whole, so that what a file starts is started once. 1: in one process.
 TEST_WORKERS ?= 2
@@ -36,6 +37,8 @@ test: setup
 
 lint: setup
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/mypy
 
 # The site in build/docs/, with tools of its own.
 docs:

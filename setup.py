@@ -53,6 +53,7 @@ setup(
             "hypothesis",
             "matplotlib",
             "math-verify",
+            "mypy",
             "prometheus_client",
             "pytest",
             "pytest-timeout",

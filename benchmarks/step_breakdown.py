@@ -26,16 +26,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from benchmarks.laptop_task import FLAGS, PHASES, TASK  # noqa: E402
 from benchmarks.machine import cpu_name  # noqa: E402
 
-TASK = ROOT / "examples" / "on_policy_distillation" / "tiny_task"
-PHASES = ("rollout", "teacher", "train", "sync")
-FLAGS = [
-    "--hf-checkpoint", str(TASK / "student"), "--prompt-data", str(TASK / "train.jsonl"), "--input-key", "prompt",
-    "--label-key", "label", "--rm-type", "final_answer", "--rollout-batch-size", "16", "--n-samples-per-prompt", "8",
-    "--rollout-max-response-len", "56", "--lr", "1e-12", "--no-use-tensorboard",
-    "--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(TASK / "teacher"),
-]  # fmt: skip
+DISTILLED = [*FLAGS, "--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(TASK / "teacher")]
+
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TWO = ["--actor-num-gpus-per-node", "2"]
 ARMS: dict[str, tuple[list[str], list[str]]] = {  # (before train.py, flags)
@@ -81,7 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def measure(arm: str, output: Path, options: argparse.Namespace) -> dict[str, float]:
     """Seconds per step, of its phases, and the share of the step that is in none of them."""
     launcher, more = ARMS[arm]
-    flags = [*FLAGS, "--num-rollout", str(options.steps), "--output-dir", str(output), *more]
+    flags = [*DISTILLED, "--num-rollout", str(options.steps), "--output-dir", str(output), *more]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     output.mkdir()
     with (output / "printed").open("wb") as printed:

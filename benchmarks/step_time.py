@@ -23,16 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from benchmarks.laptop_task import FLAGS, PHASES, TASK  # noqa: E402
 from opd.serving.command import ServerOptions  # noqa: E402
 from opd.serving.server import SGLangServer  # noqa: E402
 
-TASK = ROOT / "examples" / "on_policy_distillation" / "tiny_task"
-PHASES = ("rollout", "teacher", "train", "sync")
-FLAGS = [
-    "--hf-checkpoint", str(TASK / "student"), "--prompt-data", str(TASK / "train.jsonl"), "--input-key", "prompt",
-    "--label-key", "label", "--rm-type", "final_answer", "--rollout-batch-size", "16", "--n-samples-per-prompt", "8",
-    "--rollout-max-response-len", "56", "--lr", "1e-12", "--no-use-tensorboard",
-]  # fmt: skip
 ARMS = {
     "no teacher": ({0}, False, []),
     "served teacher": ({0}, True, []),

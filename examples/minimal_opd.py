@@ -2,7 +2,7 @@
 
     python examples/minimal_opd.py
 
-trains the laptop task's student under its teacher and prints accuracy and reverse KL: about a minute on one core. Same
+trains the laptop task's student under its teacher and prints accuracy and reverse KL: some minutes on one core. Same
 losses, gradients and penalty as the framework with its defaults (``--advantage-estimator grpo --use-opd``); what the
 framework adds is size, speed and everything that can go wrong.
 """

@@ -32,14 +32,15 @@ torch.manual_seed(3)
 tokenizer = AutoTokenizer.from_pretrained(TASK / "student")
 student = AutoModelForCausalLM.from_pretrained(TASK / "student", dtype=torch.float32)
 teacher = AutoModelForCausalLM.from_pretrained(TASK / "teacher", dtype=torch.float32)
-prompt, label = "Sam has 15 pens, finds 18 more, gets 3 bags of 3, buys 7 more. How many?", "49"
+prompt, label = "Tom has 30 coins, buys 2 more, gives 8 away, finds 3 more. How many?", "27"
 prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 # %% 1. The student writes: four answers to one prompt, a group
 console.rule("1. The student writes")
 console.print(prompt, highlight=False)
+prompts = torch.tensor([prompt_ids] * 4)
 written = student.generate(
-    torch.tensor([prompt_ids] * 4), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=56,
+    prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=56,
     pad_token_id=tokenizer.eos_token_id,
 )[:, len(prompt_ids) :].tolist()  # fmt: skip
 end = tokenizer.eos_token_id
@@ -97,7 +98,7 @@ logits = student(torch.tensor([prompt_ids + response])).logits[0][len(prompt_ids
 new_T = token_logprobs(logits, response_T)
 loss_T, _ = policy_loss(new_T, student_T, total_T, kind="ppo", eps_low=0.2, eps_high=0.2)
 (gradient_TV,) = torch.autograd.grad(loss_T.mean(), logits)
-step_TV = logits.detach() - 30.0 * gradient_TV  # a step on the logits themselves, to see where it goes
+step_TV = logits.detach() - 3.0 * gradient_TV  # a step on the logits themselves, to see where it goes
 table = Table("token", "advantage", "p before", "p after")
 for t in sorted(range(len(response)), key=lambda t: -abs(float(total_T[t])))[:6]:
     before, after = logits[t].softmax(-1)[response[t]], step_TV[t].softmax(-1)[response[t]]

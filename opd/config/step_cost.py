@@ -61,9 +61,10 @@ def step_seconds(config: Config, parts: list[PartCost]) -> float | None:
     both go on during the update. None when a part that counts is not known."""
     seconds = {part.name: part.seconds for part in parts}
     rollout, teacher = seconds.pop("rollout"), seconds.pop("teacher", 0.0)
-    if rollout is None or any(value is None for value in seconds.values()):
+    known = [value for value in seconds.values() if value is not None]
+    if rollout is None or len(known) < len(seconds):
         return None
-    rest = sum(seconds.values())
+    rest = sum(known)
     if config.opd.opd_type == "sglang":
         rollout = max(rollout, teacher or 0.0)
     elif teacher is None:

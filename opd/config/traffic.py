@@ -99,7 +99,8 @@ def _scores(config: Config, student: ModelFacts, response: int) -> list[Traffic]
 
 
 def _coloaded(config: Config, student: ModelFacts, teachers: list[ModelFacts], response: int) -> list[Traffic]:
-    opd, rows = config.opd, []
+    opd = config.opd
+    rows: list[Traffic] = []
     if opd.opd_type != "megatron":
         return rows
     layout = teacher_layout(config)

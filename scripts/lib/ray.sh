@@ -10,6 +10,8 @@
 # ADDRESS is that of the network between the machines; on one machine alone 127.0.0.1. Devices are found by Ray; on a
 # machine without a GPU give `--num-cpus N`, one for each training rank and each SGLang engine.
 
+source "$(dirname "${BASH_SOURCE[0]}")/own_process.sh"
+
 RAY_NODE_PID=""
 RAY_NODE_LOG=""
 RAY_LIB_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -34,7 +36,7 @@ wait_for_ray() {
    end=$((SECONDS + seconds))
    while ((SECONDS < end)); do
       if [[ -n $RAY_NODE_PID ]] && ! kill -0 "$RAY_NODE_PID" 2>/dev/null; then
-         _ray_failure "the Ray node of this machine ended"
+         show_failure "the Ray node of this machine ended" "$RAY_NODE_LOG"
          return 1
       fi
       found=$("${PYTHON:-python}" "$RAY_LIB_ROOT/scripts/lib/ray_nodes.py" "$address" 2>/dev/null) || found=""
@@ -43,7 +45,7 @@ wait_for_ray() {
       fi
       sleep 1
    done
-   _ray_failure "the Ray cluster at $address has ${found:-no} of $nodes nodes after $seconds s"
+   show_failure "the Ray cluster at $address has ${found:-no} of $nodes nodes after $seconds s" "$RAY_NODE_LOG"
    return 1
 }
 
@@ -67,29 +69,13 @@ _start_ray() {
       "${PYTHON:-python}" -m ray.scripts.scripts start --block --disable-usage-stats --node-ip-address "$address" \
       --object-store-memory "${RAY_OBJECT_STORE_BYTES:-200000000}" "$@" >"$log" 2>&1 &
    RAY_NODE_PID=$!
-   trap stop_ray EXIT
-   trap 'exit 130' INT
-   trap 'exit 143' TERM
-}
-
-_ray_failure() {
-   echo "error: $1." >&2
-   if [[ -f $RAY_NODE_LOG ]]; then
-      echo "The end of its log, $RAY_NODE_LOG:" >&2
-      tail -n 20 "$RAY_NODE_LOG" >&2
-   fi
+   stop_at_exit stop_ray
 }
 
 stop_ray() {
-   local pid=$RAY_NODE_PID waited=0
+   local pid=$RAY_NODE_PID
    RAY_NODE_PID=""
    [[ -n $pid ]] || return 0
    # Ray gives its workers up to 30 s; a run has ended by itself before its nodes are stopped.
-   kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid" 2>/dev/null || true
-   while kill -0 -- "-$pid" 2>/dev/null && ((waited < 20)); do
-      sleep 0.1
-      waited=$((waited + 1))
-   done
-   kill -KILL -- "-$pid" 2>/dev/null || true
-   { wait "$pid" || true; } 2>/dev/null
+   stop_group "$pid" 20
 }

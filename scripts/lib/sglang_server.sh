@@ -6,6 +6,8 @@
 #
 # Without a CUDA device the server runs on the CPU, with the flags this needs.
 
+source "$(dirname "${BASH_SOURCE[0]}")/own_process.sh"
+
 SGLANG_SERVER_PID=""
 SGLANG_SERVER_LOG=""
 SGLANG_LIB_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -30,9 +32,7 @@ start_sglang_server() {
    # Its own session, so that stopping the group reaches SGLang's workers and nothing else.
    env "${environment[@]}" setsid "${PYTHON:-python}" -m opd.serving.sglang_cpu "${flags[@]}" "$@" >"$log" 2>&1 &
    SGLANG_SERVER_PID=$!
-   trap stop_sglang_server EXIT
-   trap 'exit 130' INT
-   trap 'exit 143' TERM
+   stop_at_exit stop_sglang_server
 }
 
 wait_for_server() {
@@ -40,7 +40,7 @@ wait_for_server() {
    end=$((SECONDS + seconds))
    while ((SECONDS < end)); do
       if [[ -n $SGLANG_SERVER_PID ]] && ! kill -0 "$SGLANG_SERVER_PID" 2>/dev/null; then
-         _sglang_server_failure "the server of $url ended"
+         show_failure "the server of $url ended" "$SGLANG_SERVER_LOG"
          return 1
       fi
       if "${PYTHON:-python}" -c 'import sys, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(sys.argv[1], timeout=2)' "$url/health" 2>/dev/null; then
@@ -48,28 +48,14 @@ wait_for_server() {
       fi
       sleep 1
    done
-   _sglang_server_failure "no answer from $url/health within $seconds s"
+   show_failure "no answer from $url/health within $seconds s" "$SGLANG_SERVER_LOG"
    return 1
 }
 
-_sglang_server_failure() {
-   echo "error: $1." >&2
-   if [[ -f $SGLANG_SERVER_LOG ]]; then
-      echo "The end of its log, $SGLANG_SERVER_LOG:" >&2
-      tail -n 20 "$SGLANG_SERVER_LOG" >&2
-   fi
-}
-
 stop_sglang_server() {
-   local pid=$SGLANG_SERVER_PID waited=0
+   local pid=$SGLANG_SERVER_PID
    SGLANG_SERVER_PID=""
    [[ -n $pid ]] || return 0
-   kill -TERM -- "-$pid" 2>/dev/null || kill -TERM "$pid" 2>/dev/null || true
    # SGLang spends 5 s on diagnostics after a SIGTERM; it holds nothing that a SIGKILL could damage.
-   while kill -0 -- "-$pid" 2>/dev/null && ((waited < 15)); do
-      sleep 0.1
-      waited=$((waited + 1))
-   done
-   kill -KILL -- "-$pid" 2>/dev/null || true
-   { wait "$pid" || true; } 2>/dev/null
+   stop_group "$pid" 15
 }

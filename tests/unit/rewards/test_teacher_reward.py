@@ -16,7 +16,7 @@ from tests.unit.serving.fake_sglang import FakeSGLang, logprob_of
 
 pytestmark = pytest.mark.unit
 
-ARGS = SimpleNamespace(opd_teacher_retries=0, opd_teacher_deadline=0.2)
+ARGS = SimpleNamespace(opd_teacher_retries=0, opd_teacher_deadline=10.0)
 
 
 def ask(*faults: Any, several: bool = False) -> tuple[TeacherReward, Sample, dict[str, Any], list[int]]:
