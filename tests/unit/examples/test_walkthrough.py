@@ -1,4 +1,4 @@
-"""The walk-through's numbers are right: its samples of the KL agree with the exact one, and a step follows the signal."""
+"""The walk-through's numbers are right: sampled KL equals the exact one, and a step follows the signal."""
 
 from __future__ import annotations
 
