@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 from opd.cluster.place import ALONE, Place
 from opd.config.schema import Config
@@ -25,20 +23,7 @@ def run_rank(config: Config, stop: StopRequest, place: Place = ALONE) -> None:
             from opd.step import run
 
             parts, state = build(config, stack, stop, _with_teacher(config, place, stack))
-        with what_lives_on_left_out_of_gc():
-            run(parts, state)
-
-
-@contextmanager
-def what_lives_on_left_out_of_gc() -> Iterator[None]:
-    """What is there now stays until the end of the block. It is over half a million objects, most of them of imported
-    modules, and each full collection would look at all of them again."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+        run(parts, state)
 
 
 def _with_teacher(config: Config, place: Place, stack: ExitStack) -> Place:
