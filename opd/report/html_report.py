@@ -9,12 +9,12 @@ import base64
 import gzip
 import html
 import json
-import os
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from opd.report.html_data import read_samples, run_data
+from opd.report.whole_file import write_whole
 
 FILE_NAME = "report.html"
 MAX_BYTES = 5_000_000  # beyond, answers are left out: the page has to open at once, on a phone too
@@ -40,12 +40,7 @@ def write_html_report(folder: str | Path, *, max_bytes: int = MAX_BYTES) -> Path
         count = int(len(shown) * min(0.9, max_bytes / len(page)))
         shown = [samples[k * len(samples) // count] for k in range(count)]
     path = folder / FILE_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda file: file.write_bytes(page))
     return path
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opd.report.metrics import read_metrics
 from opd.report.summary import Row, accuracy_labels, accuracy_series, phase_seconds, series
+from opd.report.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,13 +39,7 @@ def write_curves(metrics: str | Path | Sequence[Row], png_path: str | Path) -> N
     _draw(axes[0, 1], "Reverse KL(student || teacher)", "nats per token", rows, _reverse_kl)
     _draw(axes[1, 0], "Reward of the rollouts", "mean reward", rows, _reward)
     _draw(axes[1, 1], "Time per step", "seconds", rows, _time)
-    png_path = Path(png_path)
-    temporary = png_path.with_name(png_path.name + ".tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, png_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(png_path), lambda file: figure.savefig(file, format="png"))
 
 
 def _draw(ax: Axes, title: str, unit: str, rows: Sequence[Row], panel: Callable[[Axes, Sequence[Row]], bool]) -> None:

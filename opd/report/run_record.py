@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from opd.report.whole_file import write_whole
 
 FILE_NAME = "run.json"
 PACKAGES = ("opd", "torch", "megatron-core", "sglang", "transformers", "mbridge", "ray")
@@ -28,10 +29,8 @@ def write_run_record(folder: Path, flags: Mapping[str, Any]) -> None:
         "flags": {name: _shown(value) for name, value in flags.items()},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
-    path = folder / FILE_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(record, indent=1) + "\n"
+    write_whole(folder / FILE_NAME, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _shown(value: Any) -> Any:

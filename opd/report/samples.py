@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from opd.report.whole_file import write_whole
 
 if TYPE_CHECKING:
     from opd.types import Sample
@@ -77,9 +78,7 @@ def write_samples(
         lines.append(json.dumps(facts | _record(sample, per_token, decode), ensure_ascii=False) + "\n")
     path = Path(folder) / f"{'eval' if evaluation else 'step'}_{step:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, lambda file: file.write_text("".join(lines), encoding="utf-8"))
     return path
 
 
