@@ -8,12 +8,16 @@
 # A run writes outputs/objectives/NAME-SEED. One that is complete is skipped, one that was interrupted goes on. A run takes
 # 1 to 2 minutes on one idle core, all of them for two seeds about an hour. NAME is one of those in NAMES below;
 # flags_of says what each one is.
+#
+# OUTPUT_DIR=...  the folder of one run (default outputs/objectives/NAME-SEED)
+# STEPS=...       its steps (default 40; grpo_long 120)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 TASK=examples/on_policy_distillation/tiny_task
 ROOT=${OBJECTIVES_DIR:-outputs/objectives}
 ROUTED_DATA=$ROOT/routed-data
+ONE_FOLDER=${OUTPUT_DIR:-}
 source "$TASK/privileged_teacher.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 
@@ -61,7 +65,7 @@ flags_of() {  # sets FLAGS to those of objective $1
       null_faint) FLAGS=("${COLOADED[@]}" --opd-kl-coef 0.0
          --custom-advantage-function-path "$FUNCTIONS.null_teacher.faint_beside_the_reward") ;;  # and task reward
       # Longer, for the steps that the task reward alone needs.
-      grpo_long) FLAGS=("${COLOADED[@]}" --opd-kl-coef 0.0 --num-rollout 120) ;;
+      grpo_long) FLAGS=("${COLOADED[@]}" --opd-kl-coef 0.0) ;;
       *) echo "no objective '$1'; choose one of $NAMES grpo_long" >&2; exit 2 ;;
    esac
 }
@@ -70,6 +74,7 @@ main() {
    local name=${1:?usage: compare-objectives.sh NAME SEED [more train.py flags], or: all [SEED ...]}
    shift
    if [ "$name" = all ]; then
+      ONE_FOLDER=""
       if [ $# = 0 ]; then set -- 42 43; fi
       for seed in "$@"; do
          for each in $NAMES; do run_one "$each" "$seed"; done
@@ -83,8 +88,8 @@ run_one() {
    local name=$1 seed=$2
    shift 2
    flags_of "$name"
-   OUTPUT_DIR=$ROOT/$name-$seed
-   local steps=40
+   OUTPUT_DIR=${ONE_FOLDER:-$ROOT/$name-$seed}
+   local steps=${STEPS:-40}
    if [ "$name" = grpo_long ]; then steps=120; fi
    if is_complete "$OUTPUT_DIR" "$steps"; then
       echo "$OUTPUT_DIR: complete"
@@ -97,7 +102,7 @@ run_one() {
    python train.py "${TINY_ARGS[@]}" \
       --eval-prompt-data heldout "$TASK/eval.jsonl" times "$ROUTED_DATA/eval-times.jsonl" \
          plus "$ROUTED_DATA/eval-plus.jsonl" \
-      "${FLAGS[@]}" --rollout-seed "$seed" --seed "$seed" --output-dir "$OUTPUT_DIR" "$@"
+      "${FLAGS[@]}" --num-rollout "$steps" --rollout-seed "$seed" --seed "$seed" --output-dir "$OUTPUT_DIR" "$@"
 }
 
 is_complete() {  # whether run $1 has recorded $2 steps
