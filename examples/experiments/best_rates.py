@@ -2,8 +2,8 @@
 
     python examples/experiments/best_rates.py outputs/experiments/steps_to_target/tuning
 
-Reads runs METHOD@RATE-SEED and prints a line "METHOD RATE" for each method, the figures of all of its rates behind it as
-a comment: what ``best_rates.txt`` holds.
+Reads runs METHOD@RATE-SEED and prints a line "METHOD RATE" for each method, the figures of all of its rates behind it
+as a comment: what ``best_rates.txt`` holds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from results import accuracy_of, runs_in, steps_text, steps_to
+from results import NEVER, Run, runs_in, steps_to
 
 LEVEL = 80.0  # % right, greedy
 
@@ -19,24 +19,25 @@ LEVEL = 80.0  # % right, greedy
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder of the runs METHOD@RATE-SEED")
-    by_method: dict[str, dict[str, dict[int, float]]] = {}
-    for name, seeds in runs_in(parser.parse_args().folder).items():
-        method, _, rate = name.partition("@")
-        (path,) = seeds.values()
-        by_method.setdefault(method, {})[rate] = accuracy_of(path)
+    by_method: dict[str, dict[str, Run]] = {}
+    for run in runs_in(parser.parse_args().folder):
+        method, _, rate = run.name.partition("@")
+        by_method.setdefault(method, {})[rate] = run
     for method, rates in by_method.items():
         best = min(rates, key=lambda rate: _rank(rates[rate]))
-        figures = "; ".join(
-            f"{rate}: {steps_text(steps_to(curve, LEVEL), curve)} steps, {max(curve.values()):.1f}%"
-            for rate, curve in sorted(rates.items(), key=lambda item: float(item[0]))
-        )
-        print(f"{method} {best}  # {figures}")
+        ascending = sorted(rates, key=float)
+        print(f"{method} {best}  # " + "; ".join(f"{rate}: {_figures(rates[rate])}" for rate in ascending))
 
 
-def _rank(curve: dict[int, float]) -> tuple[float, float]:
+def _rank(run: Run) -> tuple[float, float]:
     """Smaller is better."""
-    steps = steps_to(curve, LEVEL)
-    return (float("inf") if steps is None else steps, -max(curve.values()))
+    return steps_to(run.accuracy, LEVEL), -max(run.accuracy.values())
+
+
+def _figures(run: Run) -> str:
+    steps = steps_to(run.accuracy, LEVEL)
+    reached = f"above {run.last_step}" if steps == NEVER else f"{steps:.0f}"
+    return f"{reached} steps, at most {max(run.accuracy.values()):.1f}%"
 
 
 if __name__ == "__main__":

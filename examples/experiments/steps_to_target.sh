@@ -6,7 +6,8 @@
 #   bash examples/experiments/steps_to_target.sh          # every method at its rate in best_rates.txt, seeds 42 43 44
 #   python examples/experiments/results.py outputs/experiments/steps_to_target
 #
-# SEEDS, RATES, METHODS: lists of other ones. GRPO gets 120 steps, the others 30. `tune` ends with the rates that got to 80% in
+# SEEDS, RATES, METHODS: lists of other ones. GRPO gets 120 steps, the others 40 (30 while
+# tuning). `tune` ends with the rates that got to 80% in
 # the fewest steps (or, where none did, highest): what best_rates.txt holds. Complete runs are not repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -19,6 +20,7 @@ RUNS=$EXPERIMENTS/steps_to_target
 main() {
    local method rate seed
    if [ "${1:-}" = tune ]; then
+      RUN_STEPS=30
       for method in $METHODS; do
          for rate in $RATES; do one "$method" "$rate" 41 "$RUNS/tuning/$method@$rate"; done
       done
@@ -31,7 +33,7 @@ main() {
 }
 
 one() {  # method, learning rate, seed, run folder without the seed
-   local steps=30 interval=5
+   local steps=$RUN_STEPS interval=5
    if [ "$1" = grpo ]; then steps=120 interval=10; fi
    run_method "$1" "$3" "$4-$3" "$steps" --lr "$2" --eval-interval "$interval"
 }

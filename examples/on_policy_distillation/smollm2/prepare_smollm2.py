@@ -4,7 +4,8 @@
     python examples/on_policy_distillation/smollm2/prepare_smollm2.py --output-dir outputs/smollm2
 
 The student is the same model after a few fine-tuning steps on sums with a fixed answer format ("ANSWER: 7"), which is
-enough to make it answer nearly everything that way. Distilling from the original brings its manners back.
+enough to make it answer nearly everything that way. Distilling from the original brings its manners back; other sums
+tell whether what it had learned, to answer sums in this way, is gone then.
 What is already in the output folder is kept.
 """
 
@@ -33,6 +34,7 @@ from opd.errors import UserError
 BATCH_SIZE = 4
 LEARNING_RATE = 5e-5
 WARM_UP = 3  # steps
+EVAL_SUMS, EVAL_SEED = 16, 2
 IGNORE = -1  # marks positions without a target
 
 console = Console()
@@ -56,7 +58,13 @@ def main() -> int:
     )
     write_jsonl(out / "prompts.jsonl", [{"prompt": as_chat(question)} for question in TRAIN])
     write_jsonl(out / "eval.jsonl", [{"prompt": as_chat(question), "label": label} for question, label in EVAL])
-    console.print(f"{out}: {len(TRAIN)} prompts, {len(EVAL)} evaluation prompts; peak memory {peak_memory_gb():.1f} GB")
+    sums = held_out_sums(learned=arguments.sft_steps * BATCH_SIZE, seed=arguments.seed)
+    write_sums(out / "eval-sums.jsonl", sums, label=lambda answer: answer.removeprefix("ANSWER: "))
+    write_sums(out / "eval-format.jsonl", sums, label=lambda answer: answer)
+    console.print(
+        f"{out}: {len(TRAIN)} prompts, {len(EVAL)} questions and {len(sums)} sums to evaluate on; "
+        f"peak memory {peak_memory_gb():.1f} GB"
+    )
     return 0
 
 
@@ -109,6 +117,21 @@ def lead_astray(source: Path, folder: Path, *, steps: int, seed: int) -> None:
 def make_sum(rng: random.Random) -> tuple[str, str]:
     a, b = rng.randint(1, 49), rng.randint(1, 49)
     return f"What is {a}+{b}?", f"ANSWER: {a + b}"
+
+
+def held_out_sums(*, learned: int, seed: int) -> list[tuple[str, str]]:
+    """``EVAL_SUMS`` different ones that are not among the first ``learned`` drawn with ``seed``."""
+    rng = random.Random(seed)
+    known = {make_sum(rng) for _ in range(learned)}
+    rng, chosen = random.Random(EVAL_SEED), dict[tuple[str, str], None]()
+    while len(chosen) < EVAL_SUMS:
+        if (drawn := make_sum(rng)) not in known:
+            chosen[drawn] = None
+    return list(chosen)
+
+
+def write_sums(path: Path, sums: list[tuple[str, str]], *, label: Callable[[str], str]) -> None:
+    write_jsonl(path, [{"prompt": as_chat(question), "label": label(answer)} for question, answer in sums])
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,20 +15,26 @@ define_missing_ops()
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 MAX_POSITIONS = 512
+WIDTH, HEAD_WIDTH = 128, 32  # of the shipped models
 MAX_NEW_TOKENS = 56  # the longest correct chain has 55 tokens, its end included
 IGNORE = -100  # cross_entropy's marker for positions without a target
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 0.61M parameters with fresh fp32 weights."""
+def new_model(tokenizer: PreTrainedTokenizerBase, *, seed: int, width: int = WIDTH) -> Qwen3ForCausalLM:
+    """A Qwen3 with fresh fp32 weights; 0.61M parameters at the shipped width.
+
+    Args:
+        width: hidden size, a multiple of ``HEAD_WIDTH``. The number of heads and the MLP grow with it.
+    """
+    heads = width // HEAD_WIDTH
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=HEAD_WIDTH,
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-6,

@@ -1,4 +1,4 @@
-"""The comparison of objectives: its controls and data by hand, and what is read from finished runs."""
+"""The comparison of objectives: its controls and data by hand, its script and its panels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def tiny_task(monkeypatch):
 
 
 @pytest.fixture
-def objectives(tiny_task):
+def objectives(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "experiments"))
     import objectives
 
     return objectives
@@ -116,66 +117,6 @@ def test_problems_with_a_product_go_to_times(tiny_task):
     assert route({"prompt": "Tom has 9 eggs, gives 2 away, loses 1, loses 1. How many?"}) == "plus"
 
 
-def write_run(folder: Path, name: str, accuracies: dict[int, float], *, steps: int = 40) -> None:
-    rows = [{"step": 0, "eval_accuracy": accuracies[0]}] if 0 in accuracies else []
-    for step in range(1, steps + 1):
-        row = {"step": step, "reward_mean": step / 100, "opd_reverse_kl": 1 / step}
-        rows.append(row | ({"eval_accuracy": accuracies[step]} if step in accuracies else {}))
-    (folder / name).mkdir(parents=True)
-    (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def runs(tmp_path):
-    write_run(tmp_path, "opd-42", {0: 0.4, 10: 0.5, 20: 0.6, 30: 0.8, 40: 0.9})
-    write_run(tmp_path, "opd-43", {0: 0.4, 10: 0.6, 20: 0.7, 30: 0.75, 40: 0.78})
-    write_run(tmp_path, "grpo-42", {0: 0.4, 10: 0.4, 20: 0.4, 30: 0.4, 40: 0.5})
-    write_run(tmp_path, "jsd-42", {0: 0.4, 10: 0.5}, steps=12)  # was stopped
-    write_run(tmp_path, "something-else-1", {0: 0.4, 10: 0.5, 20: 0.6, 30: 0.8, 40: 0.9})
-    return tmp_path
-
-
-def test_only_known_and_finished_runs_count(objectives, runs):
-    assert [(run.name, run.seed) for run in objectives.finished_runs(runs)] == [("opd", 42), ("opd", 43), ("grpo", 42)]
-
-
-def test_table_by_hand(objectives, runs):
-    """OPD reaches 70% at steps 25 and 20; 80% at 30 with one seed alone. KL 1/step: (1 + 1/2 + ... + 1/5) / 5."""
-    lines = objectives.table(objectives.finished_runs(runs)).splitlines()
-    assert lines[2] == (
-        "| OPD penalty | 42, 43 | 55.0 | 65.0 | 77.5 | 84.0 (90.0, 78.0) | 22 | 30, above 40 | 38 | 0.457 -> 0.026 |"
-    )
-    assert lines[3] == (
-        "| GRPO, reward only | 42 | 40.0 | 40.0 | 40.0 | 50.0 | above 40 | above 40 | 38 | 0.457 -> 0.026 |"
-    )
-    assert len(lines) == 4
-
-
-@pytest.mark.parametrize(("level", "step"), [(40, 0), (45, 5), (50, 10), (65, 20), (81, None)])
-def test_steps_to_a_level(objectives, level, step):
-    """On straight lines between evaluations; a level that is left again counts from its first time."""
-    assert objectives.steps_to({0: 40.0, 10: 50.0, 20: 65.0, 30: 60.0, 40: 80.0}, level) == step
-
-
-def test_smoothing_keeps_a_straight_line(objectives):
-    assert objectives.smoothed({step: 2.0 * step for step in range(1, 8)})[4] == 8.0
-
-
-def test_labels_are_spread_around_the_ends_of_their_lines(objectives):
-    """0.50 and 0.52 move apart by as much; 0.97 and 0.99 stop at the top; 0.1 stays."""
-    places = objectives.spread([0.1, 0.50, 0.52, 0.97, 0.99], apart=0.06, top=0.98)
-    assert places == pytest.approx([0.1, 0.48, 0.54, 0.92, 0.98])
-
-
-def test_both_pictures_are_drawn(objectives, runs):
-    found = objectives.finished_runs(runs)
-    for draw in (objectives.draw_accuracy, objectives.draw_reverse_kl):
-        draw(found, runs / "picture.png")
-        data = (runs / "picture.png").read_bytes()
-        assert data.startswith(b"\x89PNG") and 10_000 < len(data) < 200_000
-        (runs / "picture.png").unlink()
-
-
 def test_every_panel_names_objectives_of_the_script(objectives):
     known = set(re.findall(r"^      (\w+)\) FLAGS=", SCRIPT.read_text(), flags=re.MULTILINE))
     shown = {name for panel in objectives.PANELS.values() for name in panel} | set(objectives.LONGER)
@@ -188,8 +129,13 @@ def test_the_script_refuses_an_unknown_objective(tmp_path):
     assert ended.returncode == 2 and "no objective 'nothing'; choose one of opd grpo" in ended.stderr
 
 
-def test_the_script_skips_a_complete_run(runs):
+def test_the_script_skips_a_complete_run(tmp_path):
+    """Complete by the number of steps asked for, in its usual folder or one that is named."""
+    for name, steps in (("opd-42", 40), ("short", 30)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": steps, "tokens": 1}) + "\n")
     command = ["bash", str(SCRIPT), "opd", "42"]
-    environ = {"PATH": "/usr/bin:/bin", "OBJECTIVES_DIR": str(runs)}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environ)
-    assert (ended.returncode, ended.stdout) == (0, f"{runs}/opd-42: complete\n")
+    usual = {"PATH": "/usr/bin:/bin", "OBJECTIVES_DIR": str(tmp_path)}
+    for folder, environ in (("opd-42", {}), ("short", {"STEPS": "30", "OUTPUT_DIR": str(tmp_path / "short")})):
+        ended = subprocess.run(command, capture_output=True, text=True, env=usual | environ)
+        assert (ended.returncode, ended.stdout) == (0, f"{tmp_path}/{folder}: complete\n")

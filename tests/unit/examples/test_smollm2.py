@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +27,8 @@ REWARD = "examples.on_policy_distillation.smollm2.contains_label.contains_label"
         ("There are 70 of them", "seven|7", 0.0),
         ("A shallow notice", "ice", 0.0),
         ("ANSWER: H₂O", "H2O|H₂O", 1.0),
+        ("ANSWER: 42", "ANSWER: 42", 1.0),
+        ("12+30 is 42", "ANSWER: 42", 0.0),
         ("anything", None, 0.0),
     ],
 )
@@ -41,6 +45,20 @@ def test_training_and_evaluation_questions_differ(monkeypatch):
     assert len(set(held_out)) == len(held_out) >= 16
     assert len(set(questions.TRAIN)) == len(questions.TRAIN) >= 24
     assert not set(held_out) & set(questions.TRAIN)
+
+
+def test_sums_to_measure_on_were_not_learned(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import prepare_smollm2
+
+    rng = random.Random(3)
+    learned = [prepare_smollm2.make_sum(rng) for _ in range(1500)]
+    measured = prepare_smollm2.held_out_sums(learned=1500, seed=3)
+    assert len(set(measured)) == 16
+    assert not set(measured) & set(learned)
+    question, answer = measured[0]
+    left, right = map(int, re.fullmatch(r"What is (\d+)\+(\d+)\?", question).groups())
+    assert answer == f"ANSWER: {left + right}"
 
 
 def test_missing_weights_name_the_package(monkeypatch):
