@@ -8,3 +8,5 @@ suppress_warnings = ["myst.xref_missing"]  # links to files of the repository th
 smartquotes = False  # a flag keeps its two dashes
 html_theme = "furo"
 html_title = "opd"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
