@@ -28,6 +28,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["opd", "opd.*"]),
     package_data={"opd.report": ["page/*"]},
+    entry_points={"console_scripts": ["opd-train = opd.cli:main"]},  # in a checkout: python train.py
     python_requires=">=3.11",
     install_requires=[
         "aiohttp",
@@ -50,6 +51,7 @@ setup(
         "math": ["math-verify"],
         "wandb": ["wandb"],
         "dev": [
+            "coverage",
             "hypothesis",
             "matplotlib",
             "math-verify",

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import Help
 from machine import machine
 
 from opd.maths.divergence import divergence
@@ -83,17 +84,23 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--tokens", type=int, default=1_024)
-    parser.add_argument("--hidden", type=int, default=1_024)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--vocab", type=int, default=151_936, help="tokens of the vocabulary")
+    parser.add_argument("--tokens", type=int, default=1_024, help="rows: tokens of a batch")
+    parser.add_argument("--hidden", type=int, default=1_024, help="width of the hidden states")
     parser.add_argument("--chunk", type=int, default=192, help="rows of logits alive at a time in head_divergence")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each, taking turns")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and logits")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which losses")
+    parser.add_argument(
+        "--subjects",
+        nargs="+",
+        choices=SUBJECTS,
+        default=list(SUBJECTS),
+        help="from hidden states (head), or logits",
+    )
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # what to measure, subject, case, variant
     return parser.parse_args(arguments)

@@ -24,6 +24,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
+from arguments import Help  # noqa: E402
 from mixture_pair import STUDENTS, TEACHER, make_model  # noqa: E402
 
 from opd.decoding.draft_length import DraftLength, expected_tokens  # noqa: E402
@@ -60,17 +61,28 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument(
+        "--students",
+        nargs="+",
+        choices=STUDENTS,
+        default=list(STUDENTS),
+        help="by their size beside the teacher",
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="answers at the same time")
     parser.add_argument("--tokens", type=int, default=64, help="per answer")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--vocab", type=int, default=32_768)
-    parser.add_argument("--disagreement", type=float, default=0.35)
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each, taking turns")
+    parser.add_argument("--vocab", type=int, default=32_768, help="tokens of the vocabulary")
+    parser.add_argument(
+        "--disagreement",
+        type=float,
+        default=0.35,
+        help="what the layers add, over what was there",
+    )
     parser.add_argument("--spread", type=float, default=3.5, help="of the logits, nats")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and logits")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args(arguments)
 

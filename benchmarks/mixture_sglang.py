@@ -26,6 +26,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
+from arguments import Help  # noqa: E402
 from mixture_pair import Size, make_model  # noqa: E402
 
 from opd.sampling.sglang_blocks import SGLangMixture  # noqa: E402
@@ -60,21 +61,38 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--batches-without-cache", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--cache", nargs="+", choices=("radix", "no-radix"), default=["radix", "no-radix"])
-    parser.add_argument("--teacher", nargs=2, type=int, default=[512, 12], metavar=("HIDDEN", "LAYERS"))
-    parser.add_argument("--student", nargs=2, type=int, default=[256, 3], metavar=("HIDDEN", "LAYERS"))
-    parser.add_argument("--top-k", type=int, default=64)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="answers at the same time")
+    parser.add_argument(
+        "--batches-without-cache", nargs="+", type=int, default=[1, 8], help="the same, without the prefix cache"
+    )
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        choices=("radix", "no-radix"),
+        default=["radix", "no-radix"],
+        help="with a prefix cache, or without",
+    )
+    parser.add_argument(
+        "--teacher", nargs=2, type=int, default=[512, 12], metavar=("HIDDEN", "LAYERS"), help="size of the teacher"
+    )
+    parser.add_argument(
+        "--student", nargs=2, type=int, default=[256, 3], metavar=("HIDDEN", "LAYERS"), help="size of the student"
+    )
+    parser.add_argument("--top-k", type=int, default=64, help="likeliest tokens that a server sends")
     parser.add_argument("--tokens", type=int, default=32, help="per answer")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--vocab", type=int, default=8_192)
-    parser.add_argument("--disagreement", type=float, default=0.3)
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each, taking turns")
+    parser.add_argument("--vocab", type=int, default=8_192, help="tokens of the vocabulary")
+    parser.add_argument(
+        "--disagreement",
+        type=float,
+        default=0.3,
+        help="what the layers add, over what was there",
+    )
     parser.add_argument("--spread", type=float, default=5.0, help="of the logits, nats")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and logits")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args(arguments)
 

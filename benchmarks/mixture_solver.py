@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import Help
 from machine import machine
 
 from opd.maths.mixture import mix, mixed_logprobs
@@ -63,13 +64,13 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--rows", type=int, default=64, help="distributions that are mixed at once")
+    parser.add_argument("--vocab", type=int, default=151_936, help="tokens of the vocabulary")
+    parser.add_argument("--repeats", type=int, default=7, help="measurements of each, taking turns")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--compiled", action="store_true", help="measure mix(..., compiled=True) too")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args(arguments)
 

@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from benchmarks.arguments import Help  # noqa: E402
 from benchmarks.laptop_task import FLAGS, PHASES, TASK  # noqa: E402
 from opd.serving.command import ServerOptions  # noqa: E402
 from opd.serving.server import SGLangServer  # noqa: E402
@@ -67,8 +68,8 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each, taking turns")
     parser.add_argument("--steps", type=int, default=10, help="per run; the first two warm up")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args(arguments)

@@ -35,6 +35,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import aiohttp  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from arguments import Help  # noqa: E402
 from machine import machine  # noqa: E402
 from mixture_pair import Size, make_model  # noqa: E402
 
@@ -76,17 +77,25 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", type=_pair, default=[(256, 4)], metavar="HIDDENxLAYERS")
-    parser.add_argument("--vocab", type=int, default=8_192)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument(
+        "--models", nargs="+", type=_pair, default=[(256, 4)], metavar="HIDDENxLAYERS", help="sizes of the teacher"
+    )
+    parser.add_argument("--vocab", type=int, default=8_192, help="tokens of the vocabulary")
     parser.add_argument("--prompts", nargs="+", type=int, default=[64, 512, 1536], help="tokens")
     parser.add_argument("--tokens", type=int, default=64, help="of a response")
     parser.add_argument("--groups", type=int, default=4, help="prompts at the same time")
     parser.add_argument("--samples", type=int, default=8, help="per prompt")
-    parser.add_argument("--top-k", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
-    parser.add_argument("--attention", nargs="+", choices=("stock", "new rows"), default=["stock", "new rows"])
+    parser.add_argument("--top-k", type=int, default=16, help="likeliest tokens that a server sends")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each, taking turns")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="ways to ask for scores")
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        choices=("stock", "new rows"),
+        default=["stock", "new rows"],
+        help="of the server: SGLang's or ours",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the server's computing process")
     parser.add_argument("--server-args", nargs="+", default=[], help="more flags of the server, without their dashes")
     parser.add_argument("--json", type=Path, help="file for the result")

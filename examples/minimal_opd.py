@@ -1,6 +1,6 @@
 """On-policy distillation on transformers alone: the whole algorithm on one page.
 
-    python examples/minimal_opd.py
+    python examples/minimal_opd.py [STEPS]
 
 trains the laptop task's student under its teacher and prints accuracy and reverse KL: some minutes on one core. Same
 losses, gradients and penalty as the framework with its defaults (``--advantage-estimator grpo --use-opd``); what the
@@ -26,7 +26,7 @@ PROMPTS, ANSWERS, STEPS, LONGEST = 16, 8, 20, 56  # per step: prompts, answers t
 LEARNING_RATE, KL_COEF, CLIP = 3e-4, 1.0, 0.2
 
 
-def main() -> None:
+def main(steps: int = STEPS) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TASK / "student")
     student = AutoModelForCausalLM.from_pretrained(TASK / "student", dtype=torch.float32)
@@ -36,7 +36,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
     print(f"accuracy {accuracy(student, tokenizer, held_out):.1%}")
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         rows = [problem for problem in random.Random(step).sample(problems, PROMPTS) for _ in range(ANSWERS)]
         prompts = [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
         responses = generate(student, prompts, tokenizer.eos_token_id, temperature=1.0)  # on-policy: the student's own
@@ -121,4 +121,4 @@ def accuracy(model: torch.nn.Module, tokenizer: AutoTokenizer, rows: list[dict[s
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__) if {"-h", "--help"} & set(sys.argv) else main(*map(int, sys.argv[1:]))

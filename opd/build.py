@@ -15,7 +15,7 @@ from opd.build_data import (
     stop_token_ids,
     training_prompts,
 )
-from opd.build_rewards import check_served_teachers, cross_tokenizer, own_teacher_tokenizer
+from opd.build_rewards import check_served_teachers, cross_tokenizer, custom_teacher, own_teacher_tokenizer
 from opd.build_rollout import Writing, build_writing
 from opd.cluster.place import ALONE, Place
 from opd.config.model_rules import max_context_len, student_facts
@@ -28,6 +28,8 @@ from opd.rollout.journal import journal_identity
 from opd.rollout.partial_state import check_in_flight
 from opd.run_state import RunState
 from opd.step import Parts
+from opd.teachers.coloaded_tokenizers import check_coloaded_tokenizers
+from opd.user_functions import custom_divergence
 
 if TYPE_CHECKING:
     from opd.megatron_backend.save_line import SaveLine
@@ -40,7 +42,8 @@ def build(config: Config, stack: ExitStack, stop: StopRequest, place: Place = AL
 
     Raises:
         ConfigError, PromptDataError: data that cannot be used.
-        TeacherError: a teacher server that fails its self-test.
+        TeacherError: a teacher server that fails its self-test, a teacher's function that fails its trial, or a
+            co-loaded teacher with another tokenizer.
         CheckpointError, UnsupportedModelError: a folder that cannot be loaded.
     """
     identity = journal_identity(config)  # of the flags as they were given: the port of a teacher of our own changes
@@ -56,6 +59,13 @@ def build(config: Config, stack: ExitStack, stop: StopRequest, place: Place = AL
     leader = int(os.environ.get("RANK", "0")) == 0
     if leader and config.opd.opd_type == "sglang" and not config.opd.opd_skip_teacher_selftest:
         check_served_teachers(config, tokenizer, teacher_tokenizer)
+    if leader:
+        check_coloaded_tokenizers(config, tokenizer)
+    function = None
+    if leader and config.opd.opd_type == "custom":
+        function = custom_teacher(config, prompts.all()[0])
+        stack.callback(function.close)
+    custom_divergence(config)  # tried before the models are loaded
 
     from opd.megatron_backend import device as megatron_device
 
@@ -85,6 +95,7 @@ def build(config: Config, stack: ExitStack, stop: StopRequest, place: Place = AL
             context=context,
             identity=identity,
             text=text,
+            function=function,
             tokenizer=tokenizer,
         )
     train_sampling, eval_sampling = sampling_params(config, stop_token_ids(config, tokenizer))

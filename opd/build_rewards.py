@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from opd.config.paths import load_function
 from opd.config.schema import Config
 from opd.config.teachers import TeacherSpec, teachers
 from opd.data.tokenizer import load_tokenizer
+from opd.errors import TeacherError
 from opd.interfaces import EngineWithStats, PostProcessFn, RewardFn, RolloutEngine
 from opd.rollout.driver import keep_rewards
 from opd.rollout.score_wait import ScoreWait
@@ -19,21 +21,29 @@ from opd.serving.addresses import addresses
 from opd.types import Sample
 
 if TYPE_CHECKING:
+    from opd.data.prompts import Prompt
     from opd.teachers.cross_tokenizer import CrossTokenizer
+    from opd.teachers.function_teacher import FunctionTeacher
 
 
-def reward_functions(config: Config, text: CrossTokenizer | None = None) -> tuple[RewardFn, RewardFn, PostProcessFn]:
-    """(task reward, reward of a training sample, its post-processing); ``text``: the teacher has another tokenizer.
+def reward_functions(
+    config: Config, text: CrossTokenizer | None = None, function: FunctionTeacher | None = None
+) -> tuple[RewardFn, RewardFn, PostProcessFn]:
+    """(task reward, reward of a training sample, its post-processing).
 
-    With an SGLang teacher the pair of ``opd.rewards.on_policy_distillation`` scores with the teacher and carries the
-    task reward along; functions named by the user take the task's side of it.
+    Args:
+        text: of a served teacher with another tokenizer.
+        function: the teacher with ``--opd-type custom``.
+
+    With an SGLang or custom teacher the pair of ``opd.rewards.on_policy_distillation`` scores with the teacher and
+    carries the task reward along; functions named by the user take the task's side of it.
     """
     flags = config.reward
     custom = load_function(flags.custom_rm_path, flag="--custom-rm-path") if flags.custom_rm_path else None
     process: PostProcessFn = keep_rewards
     if flags.custom_reward_post_process_path:
         process = load_function(flags.custom_reward_post_process_path, flag="--custom-reward-post-process-path")
-    if config.opd.opd_type != "sglang":
+    if not config.scores_answers:
         task_reward = custom or _rule(config)
         return task_reward, task_reward, process
 
@@ -47,8 +57,8 @@ def reward_functions(config: Config, text: CrossTokenizer | None = None) -> tupl
         if process in (keep_rewards, post_process_rewards)
         else _both(post_process_rewards, process)
     )
-    served = ServedTeachers.of_config(config, vocab_size=student_facts(config).vocab_size, text=text)
-    score = TeacherReward(task_reward=_of_own_answers(task_reward), teachers=served)
+    teachers = function or ServedTeachers.of_config(config, vocab_size=student_facts(config).vocab_size, text=text)
+    score = TeacherReward(task_reward=_of_own_answers(task_reward), teachers=teachers)
     return task_reward, score, store_scores
 
 
@@ -60,7 +70,9 @@ def _rule(config: Config) -> RewardFn:
     return rule_reward
 
 
-def scoring_stats(config: Config, engine: RolloutEngine) -> Callable[[], dict[str, float]]:
+def scoring_stats(
+    config: Config, engine: RolloutEngine, function: FunctionTeacher | None = None
+) -> Callable[[], dict[str, float]]:
     """What takes the numbers of engine and teachers since the last call, by the names of their metrics."""
     sources: list[tuple[str, Callable[[], dict[str, float]]]] = []
     if isinstance(engine, EngineWithStats):
@@ -69,12 +81,14 @@ def scoring_stats(config: Config, engine: RolloutEngine) -> Callable[[], dict[st
         from opd.rewards.on_policy_distillation import take_teacher_stats
 
         sources.append(("teacher_", take_teacher_stats))
+    if function is not None:
+        sources.append(("teacher_", function.take_stats))
     return lambda: {prefix + name: value for prefix, take in sources for name, value in take().items()}
 
 
 def score_wait(config: Config, reward: RewardFn) -> ScoreWait | None:
-    """Patience with a served teacher that leaves too many samples of a rollout without a score."""
-    if config.opd.opd_type != "sglang":
+    """Patience with a teacher that leaves too many samples of a rollout without a score; a co-loaded one never does."""
+    if not config.scores_answers:
         return None
     return ScoreWait(
         scorer=reward, largest_share=config.opd.opd_max_unscored_share, seconds=config.teacher_wait_seconds
@@ -132,6 +146,28 @@ def cross_tokenizer(config: Config, student: Any, teacher: Any | None) -> CrossT
         teacher_folder=str(config.opd.opd_teacher_tokenizer),
         chat=config.data.apply_chat_template,
     )
+
+
+def custom_teacher(config: Config, prompt: Prompt) -> FunctionTeacher:
+    """The function of ``--opd-custom-teacher-path``, tried on ``prompt`` unless the flags say no.
+
+    Raises:
+        ConfigError: it cannot be loaded, or does not take two arguments.
+        TeacherError: it raised something, or returned no row of log-probs.
+    """
+    from opd.teachers.function_teacher import FunctionTeacher
+    from opd.user_functions import load_with_parameters
+
+    flag, path = "opd_custom_teacher_path", str(config.opd.opd_custom_teacher_path)
+    function = load_with_parameters(path, flag, "args, sample")
+    teacher = FunctionTeacher(function, args=argparse.Namespace(**config.flat()), shown=flag_text(flag, path))
+    if not config.opd.opd_skip_teacher_selftest:
+        try:
+            teacher.check(prompt)
+        except TeacherError:
+            teacher.close()
+            raise
+    return teacher
 
 
 def check_served_teachers(config: Config, tokenizer: Any, teacher_tokenizer: Any | None = None) -> None:

@@ -32,6 +32,7 @@ from opd.types import Mixture
 if TYPE_CHECKING:
     from opd.report.reporter import Reporter
     from opd.teachers.cross_tokenizer import CrossTokenizer
+    from opd.teachers.function_teacher import FunctionTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ def build_writing(
     context: int,
     identity: dict[str, Any],
     text: CrossTokenizer | None,
+    function: FunctionTeacher | None,
     tokenizer: Any,
 ) -> Writing:
     """
@@ -63,6 +65,7 @@ def build_writing(
         context: tokens of prompt and answer at most.
         identity: what makes a journal this run's.
         text: of a teacher with another tokenizer.
+        function: a teacher that is one.
     """
     from opd.report.reporter import Reporter
 
@@ -71,7 +74,7 @@ def build_writing(
     journal = _journal(config, state, identity)
     if journal is not None:
         stack.callback(journal.close)
-    drivers = _drivers(config, engine, student, text=text, journal=journal, tokenizer=tokenizer)
+    drivers = _drivers(config, engine, student, text=text, function=function, journal=journal, tokenizer=tokenizer)
     for driver in drivers:
         if driver is not None:
             stack.callback(driver.close)
@@ -105,16 +108,17 @@ def _drivers(
     student: RolloutEngine,
     *,
     text: CrossTokenizer | None,
+    function: FunctionTeacher | None,
     journal: RolloutJournal | None,
     tokenizer: Any,
 ) -> tuple[RolloutDriver, RolloutDriver, RolloutDriver | None]:
     """(of the training samples; of the evaluation's, which have the task's reward alone; of those of the evaluation's
-    that a served teacher scores too)."""
+    that the teacher scores too, unless it is co-loaded)."""
     args = argparse.Namespace(**config.flat())
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    task_reward, reward, post_process = reward_functions(config, text)
+    task_reward, reward, post_process = reward_functions(config, text, function)
     # Every driver takes them at its end, so that those of the training are not mixed with the evaluation's.
-    common = {"args": args, "decode": decode, "take_scoring_stats": scoring_stats(config, engine)}
+    common = {"args": args, "decode": decode, "take_scoring_stats": scoring_stats(config, engine, function)}
     journaled = reward if journal is None else JournaledReward(reward, journal)
     rollout = RolloutDriver(
         engine if journal is None else JournaledEngine(engine, journal),
@@ -125,8 +129,9 @@ def _drivers(
     )
     evaluation = RolloutDriver(student, reward=task_reward, post_process=keep_rewards, **common)
     scoring = None
-    if config.opd.use_opd and config.opd.opd_type == "sglang":  # not in the journal, which is of training samples
-        scoring = RolloutDriver(student, reward=reward, post_process=post_process, **common, loop=rollout.loop)
+    if config.opd.use_opd and config.scores_answers:  # not in the journal, which is of training samples
+        sampled = reward.of_sampled_tokens()
+        scoring = RolloutDriver(student, reward=sampled, post_process=post_process, **common, loop=rollout.loop)
     return rollout, evaluation, scoring
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from opd.errors import UpdateError
 from opd.interfaces import RolloutEngine
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def sync_weights(parts: Parts, *, version: int) -> float:
 
     Raises:
         WeightSyncError: it is above ``--max-logprob-mismatch``.
+        UpdateError: the student has no log-probs any more. On all ranks.
     """
     if parts.config.releases_engine_memory and torch.cuda.is_available():
         torch.cuda.empty_cache()  # the engine's memory comes back: this rank keeps only what it holds tensors in
@@ -32,14 +34,12 @@ def sync_weights(parts: Parts, *, version: int) -> float:
     if parts.rollout is None:
         for _ in weights:  # this rank takes part and drops the result
             pass
-        parts.trainer.score(parts.probe)
+        _probe_logprobs(parts)
         return 0.0
     engine = parts.rollout.engine
     engine.set_weights(weights, version=version)
     return engine.verify(
-        parts.probe.tokens[0].tolist(),
-        parts.trainer.score(parts.probe).tolist(),
-        tolerance=parts.config.max_logprob_mismatch,
+        parts.probe.tokens[0].tolist(), _probe_logprobs(parts), tolerance=parts.config.max_logprob_mismatch
     )
 
 
@@ -64,7 +64,7 @@ def weights_for_later(parts: Parts, *, version: int) -> Callable[[], None] | Non
     if parts.rollout is None:
         for _ in weights:
             pass
-        parts.trainer.score(parts.probe)
+        _probe_logprobs(parts)
         return None
     copied = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in weights]
     return partial(
@@ -72,10 +72,25 @@ def weights_for_later(parts: Parts, *, version: int) -> Callable[[], None] | Non
         parts.rollout.engine,
         copied,
         parts.probe.tokens[0].tolist(),
-        parts.trainer.score(parts.probe).tolist(),
+        _probe_logprobs(parts),
         version=version,
         tolerance=parts.config.max_logprob_mismatch,
     )
+
+
+def _probe_logprobs(parts: Parts) -> list[float]:
+    """The student's; of all ranks together.
+
+    Raises:
+        UpdateError: they are NaN or infinite: no engine is at fault.
+    """
+    logprobs_T = parts.trainer.score(parts.probe)
+    if not bool(logprobs_T.isfinite().all()):
+        raise UpdateError(
+            "the student's log-probs of a probe text are NaN or infinite: its weights hold NaN, or have become too"
+            " large. They are not saved; resume from the last checkpoint with a lower --lr"
+        )
+    return logprobs_T.tolist()
 
 
 def _load(

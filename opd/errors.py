@@ -11,6 +11,10 @@ class TeacherError(UserError):
     """A teacher that cannot be used: unreachable, other tokenizer, other temperature contract."""
 
 
+class TeacherAwayError(TeacherError):
+    """A sample could not be scored now; asked later, the teacher may answer."""
+
+
 class UnscoredError(TeacherError):
     """Too large a share of a rollout has no teacher score. Raised on every rank."""
 
@@ -24,8 +28,13 @@ class EngineError(UserError):
 
 
 class RewardError(UserError):
-    """A reward function raised, or returned something that is no number."""
+    """A reward function raised, or returned something that is no finite number."""
+
+
+class ResultError(ValueError):
+    """A user's function returned something that cannot be used. The message follows the function's name."""
 
 
 class UpdateError(UserError):
-    """An optimizer step that was not made; the weights are as before."""
+    """An optimizer step that was not made, and the weights are as before; or one after which the student has no
+    log-probs any more. Raised on every rank."""

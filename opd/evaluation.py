@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from opd.data.batching import make_batch
-from opd.step_metrics import per_sample_values
+from opd.saved_answers import choose, spread
+from opd.step_metrics import saved_values
 from opd.training_signal import with_reverse_kl
 from opd.types import Sample
 
@@ -29,7 +30,7 @@ def evaluate(parts: Parts, step: int) -> dict[str, float]:
     answers: list[Sample] | None = None
     if parts.eval_rollout is not None:
         metrics, answers = _write(parts)
-    if parts.config.output.output_dir and parts.config.output.num_saved_samples > 0:
+    if parts.config.saved_samples:
         _record(parts, step, answers)
     return metrics and {**metrics, "time_eval": time.monotonic() - started}
 
@@ -57,27 +58,26 @@ def _write(parts: Parts) -> tuple[dict[str, float], list[Sample]]:
 def _record(parts: Parts, step: int, answers: list[Sample] | None) -> None:
     """Saves the same --num-saved-samples answers each time, with student's and teacher's log-probs of every token."""
     config, trainer = parts.config, parts.trainer
-    chosen = None if answers is None else _chosen(answers, config.output.num_saved_samples, parts)
-    if not trainer.on_any_rank(bool(chosen)):
+    scored = None if answers is None else _scored(answers, config.saved_samples, config.parallel.data_parallel_size)
+    if not trainer.on_any_rank(bool(scored)):
         return
     batch = None
-    if chosen:
+    if scored:
         if parts.eval_scoring is not None:
-            parts.eval_scoring.score(chosen)
-        batch = make_batch(chosen, torch.zeros(len(chosen)), samples_per_step=len(chosen))
+            parts.eval_scoring.score(scored)
+        batch = make_batch(scored, torch.zeros(len(scored)), samples_per_step=len(scored))
     batch = trainer.forward_logprobs(trainer.load(batch), "student")
     if config.opd.opd_type == "megatron":
         batch = trainer.forward_logprobs(batch, "teacher")
-    if chosen:
-        batch = with_reverse_kl(batch, config)
-        per_token = per_sample_values(batch, chosen, kl_coef=config.penalty_coef)
-        parts.reporter.samples(step, chosen, evaluation=True, decode=parts.decode, **per_token)
+    saved = trainer.from_all_shares(saved_values(with_reverse_kl(batch, config), kl_coef=config.penalty_coef))
+    if scored:
+        parts.reporter.samples(step, scored, saved, evaluation=True, decode=parts.decode)
 
 
-def _chosen(answers: list[Sample], count: int, parts: Parts) -> list[Sample]:
-    """Spread evenly over the set; none where there are fewer than data-parallel ranks. Each of these scores a share,
-    and the first one's is saved."""
+def _scored(answers: list[Sample], count: int, ranks: int) -> list[Sample]:
+    """Spread evenly over the set, ``count`` of them marked as saved, at least one for each data-parallel rank; none
+    where there are too few."""
     usable = [sample for sample in answers if sample.trainable]
-    ranks = parts.config.parallel.data_parallel_size
-    wanted = min(count * ranks, len(usable))
-    return [usable[k * len(usable) // wanted] for k in range(wanted)] if wanted >= ranks else []
+    scored = spread(usable, max(count, ranks))
+    choose(scored, count)
+    return scored if len(scored) >= ranks else []

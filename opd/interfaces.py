@@ -106,9 +106,9 @@ class Trainer(Protocol):
         """This data-parallel rank's share of the batch that rank 0 gives."""
 
     def forward_logprobs(self, batch: TokenBatch, model: str) -> TokenBatch:
-        """``model``: "student" fills ``student_logprobs_T``, ``student_kl_logprobs_T`` and ``student_entropy_T``;
-        "teacher" fills ``teacher_logprobs_T``, ``teacher_entropy_T`` and ``teacher_scored_N``; "reference" fills
-        ``ref_logprobs_T``. No gradients."""
+        """``model``: "student" fills ``student_logprobs_T``, ``student_kl_logprobs_T``, ``student_entropy_T`` and
+        ``student_likely``; "teacher" fills ``teacher_logprobs_T``, ``teacher_entropy_T``, ``teacher_scored_N`` and
+        ``teacher_likely``; "reference" fills ``ref_logprobs_T``. No gradients."""
 
     def map(self, fn: Callable[..., TokenBatch], batch: TokenBatch) -> TokenBatch:
         """``fn(batch, data_parallel_group=...)`` on this rank's share; the group is None for one rank."""
@@ -119,6 +119,10 @@ class Trainer(Protocol):
         Raises:
             UpdateError: NaN or infinite gradients; the weights are as before.
         """
+
+    def from_all_shares(self, values: dict[int, Any]) -> dict[int, Any]:
+        """On the first rank the entries of all data-parallel shares; elsewhere what the caller has to ignore. Keys are
+        those of one share only."""
 
     def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
         """Both dicts merged, summed and maximised over the data-parallel ranks."""

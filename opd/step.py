@@ -17,7 +17,7 @@ from opd.data.answers import AnswerDataset
 from opd.data.batching import make_batch
 from opd.data.prompts import Prompt, PromptDataset
 from opd.engine_weights import release_engine_memory, sync_weights, weights_for_later
-from opd.errors import UnscoredError, UserError
+from opd.errors import UnscoredError, UpdateError, UserError
 from opd.evaluation import evaluate
 from opd.interfaces import Critic, Trainer
 from opd.megatron_backend.checkpoint_layout import CheckpointError
@@ -31,8 +31,9 @@ from opd.rollout.line import RolloutLine
 from opd.rollout.plan import RolloutPlan, RolloutPlanner, RolloutWriter
 from opd.rollout.staleness import overlap_metrics, staleness_metrics
 from opd.run_state import RunState, save_due
+from opd.saved_answers import choose
 from opd.step_clock import Clock
-from opd.step_metrics import batch_metrics, engine_idle_shares, idle_shares, per_sample_values, rollout_metrics
+from opd.step_metrics import batch_metrics, engine_idle_shares, idle_shares, rollout_metrics, saved_values
 from opd.training_signal import add_training_signal, outcome_advantages
 from opd.types import SamplingParams, TokenBatch
 
@@ -119,23 +120,26 @@ def train_step(parts: Parts, state: RunState, line: RolloutLine) -> tuple[dict[s
         check_scored(metrics, config)
     with clock("train"):
         metrics |= update(parts, batch, step)
+    after = plan.after if rolled is None else plan.after.with_in_flight(rolled.in_flight)
     if config.rollouts_ahead == 0:
-        with clock("sync"):
+        with clock("sync"), saving_on_failure(parts, after):
             metrics["sync_error"] = sync_weights(parts, version=step)
 
+    saved = {}
+    if config.saved_samples:
+        saved = trainer.from_all_shares(saved_values(batch, kl_coef=config.penalty_coef))
     if rolled is not None:
         metrics |= rollout_metrics(rolled) | staleness_metrics(rolled, step=step)
         clock.seconds["rollout"] = rolled.seconds_generation
         clock.seconds["teacher"] += rolled.seconds_scoring_tail
-        per_token = per_sample_values(batch, rolled.samples, kl_coef=config.penalty_coef)
         mixed = config.written_with_teacher
-        parts.reporter.samples(step, rolled.samples, mixed=mixed, decode=parts.decode, **per_token)
+        parts.reporter.samples(step, rolled.samples, saved, mixed=mixed, decode=parts.decode)
     times = clock.metrics()
     if rolled is not None:
         metrics |= parts.cost.metrics(rolled.samples, times)
     idle = idle_shares(times, coloaded_teacher=config.opd.opd_type == "megatron")
     idle |= engine_idle_shares(metrics, times["time_step"])
-    return metrics | times | idle, plan.after if rolled is None else plan.after.with_in_flight(rolled.in_flight)
+    return metrics | times | idle, after
 
 
 def next_rollout(
@@ -184,6 +188,7 @@ def make_training_batch(rolled: RolloutResult, config: Config) -> TokenBatch:
     groups_N = torch.tensor([s.group_index for s in rolled.samples])
     rewards_N = torch.tensor(rolled.rewards, dtype=torch.float64)
     advantages_N = torch.zeros_like(rewards_N)
+    choose(rolled.samples, config.saved_samples)
     advantages_N[trainable_N] = outcome_advantages(rewards_N[trainable_N], groups_N[trainable_N], config.algorithm)
     return make_batch(rolled.samples, advantages_N, samples_per_step=config.global_batch_size)
 
@@ -208,7 +213,8 @@ def check_scored(metrics: dict[str, float], config: Config) -> None:
 @contextmanager
 def saving_on_failure(parts: Parts, state: RunState) -> Iterator[None]:
     """Saves ``state``, unless it is saved, when the block is stopped by something a person has to mend, by Ctrl-C or by
-    SIGTERM. After SIGTERM an error is taken for its consequence: engines of the same job get it too.
+    SIGTERM; but no student that has no log-probs any more. After SIGTERM an error is taken for its consequence: engines
+    of the same job get it too.
 
     A save takes all ranks, so with several only an error that all of them raise leads to one.
     """
@@ -216,8 +222,8 @@ def saving_on_failure(parts: Parts, state: RunState) -> Iterator[None]:
         yield
     except (UserError, KeyboardInterrupt, Preempted) as error:
         everywhere = parts.config.parallel.world_size == 1 or isinstance(error, UnscoredError | Preempted)
-        folder = parts.config.checkpoint.save
-        if folder and state.step > 0 and everywhere:
+        folder, worthless = parts.config.checkpoint.save, isinstance(error, UpdateError)
+        if folder and state.step > 0 and everywhere and not worthless:
             if not finish_save(parts, wait=True) or not state.on_disk:
                 save(parts, state, must=True)
             logger.warning("step %d is saved in %s; --load resumes there", state.step, folder)

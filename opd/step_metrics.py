@@ -11,7 +11,7 @@ from opd.config.schema import Config
 from opd.config.teachers import teachers
 from opd.interfaces import Trainer
 from opd.rollout.driver import RolloutResult
-from opd.types import Sample, SampleStatus, TokenBatch
+from opd.types import SampleStatus, TokenBatch
 
 POSITION_BUCKETS = 4  # of a response, equally long
 COUNT = " tokens"  # ends the name of a sum that others are divided by
@@ -35,6 +35,7 @@ def batch_metrics(batch: TokenBatch, trainer: Trainer, *, config: Config) -> dic
         sums |= {"ratio": _sum(ratio_T), "ratio_square": _sum(ratio_T.square())}
     if config.opd.use_opd:
         expected_N = own_N if config.distillation.distillation_type is None else torch.ones_like(own_N)
+        expected_N = expected_N & torch.stack([mask_L.any() for mask_L in batch.per_sample(batch.loss_mask_T)])
         sums |= {"expected": _sum(expected_N), "unscored": _sum(expected_N & ~batch.teacher_scored_N)}
         sums |= _kl_sums(batch, own_T * batch.scored_mask_T, config)
         if config.opd.opd_teacher_tokenizer is not None:
@@ -157,17 +158,21 @@ def engine_idle_shares(metrics: Mapping[str, float], step_seconds: float) -> dic
     }
 
 
-def per_sample_values(batch: TokenBatch, samples: list[Sample], *, kl_coef: float) -> dict[str, list[Any]]:
-    """Per-token lists by position in ``samples``, for ``report.samples``; None for a sample of another rank's share."""
-    columns = {"student_log_probs": batch.student_kl_logprobs_T, "student_entropies": batch.student_entropy_T}
+def saved_values(batch: TokenBatch, *, kl_coef: float) -> dict[int, dict[str, Any]]:
+    """Of the saved samples of this share, by ``sample_N``: what ``report.samples`` writes of each of their tokens, by
+    name. A sample without a score has nothing of a teacher."""
+    known = {"student_log_probs": batch.student_kl_logprobs_T, "student_entropy": batch.student_entropy_T}
     if batch.reverse_kl_T is not None:
-        columns |= {"teacher_log_probs": batch.teacher_logprobs_T, "penalties": kl_coef * batch.reverse_kl_T}
-        if batch.teacher_entropy_T is not None:
-            columns["teacher_entropies"] = batch.teacher_entropy_T
-    values: dict[str, list[Any]] = {name: [None] * len(samples) for name in columns}
-    for name, values_T in columns.items():
-        rows = zip(batch.sample_N.tolist(), batch.teacher_scored_N.tolist(), batch.per_sample(values_T), strict=True)
-        for position, scored, chunk in rows:
-            if scored or name.startswith("student_"):
-                values[name][position] = chunk.tolist()
+        known |= {"teacher_log_probs": batch.teacher_logprobs_T, "penalty": kl_coef * batch.reverse_kl_T}
+        known["teacher_entropy"] = batch.teacher_entropy_T
+    columns = {name: batch.per_sample(values_T) for name, values_T in known.items() if values_T is not None}
+    likely = {"student_top": batch.student_likely or {}, "teacher_top": batch.teacher_likely or {}}
+    saved = [False] * len(batch) if batch.saved_N is None else batch.saved_N.tolist()
+    values: dict[int, dict[str, Any]] = {}
+    rows = zip(batch.sample_N.tolist(), saved, batch.teacher_scored_N.tolist(), strict=True)
+    for place, (sample, is_saved, scored) in enumerate(rows):
+        if is_saved:
+            found = {name: column[place] for name, column in columns.items()}
+            found |= {name: top[sample] for name, top in likely.items() if sample in top}
+            values[sample] = {k: v for k, v in found.items() if scored or k.startswith("student_")}
     return values

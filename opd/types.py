@@ -29,7 +29,8 @@ class TopLogprobs:
     """Some likely next tokens at each response token of one sample. A row may hold fewer than K: the rest is id -1."""
 
     ids_TK: torch.Tensor  # int64
-    logprobs_TK: torch.Tensor  # log softmax at temperature 1 over the whole vocabulary, nats; anything where id is -1
+    # log softmax over the whole vocabulary, nats, at temperature 1 unless it is said; anything where id is -1
+    logprobs_TK: torch.Tensor
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,8 @@ class Sample:
     # (first response token, version) of each stretch written by the same weights; None: weight_version wrote all
     weight_spans: list[tuple[int, int]] | None = None
     loss_mask: list[int] | None = None  # 0: this response token counts in no loss; None: all count
+    saved: bool = False  # one of the few whose tokens are written to OUTPUT_DIR/samples
+    teacher_likely: TopLogprobs | None = None  # of a saved sample: an SGLang teacher's likeliest tokens, for a reader
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -158,7 +161,11 @@ class TokenBatch:
     teacher_span_T: torch.Tensor | None = None
     teacher_top_ids_TK: torch.Tensor | None = None  # SGLang teacher: kept ids of each position, -1 where fewer
     teacher_top_logprobs_TK: torch.Tensor | None = None
+    saved_N: torch.Tensor | None = None  # bool: the sample's tokens are saved; None: nobody's
+    # By sample_N, of saved samples: likeliest tokens, likeliest first, at the temperature at which the KL is measured
+    teacher_likely: dict[int, TopLogprobs] | None = None
     # ----
+    student_likely: dict[int, TopLogprobs] | None = None
     student_logprobs_T: torch.Tensor | None = None  # at the rollout temperature, before the update
     student_kl_logprobs_T: torch.Tensor | None = None  # at the temperature at which the KL is measured
     student_entropy_T: torch.Tensor | None = None  # nats, at the rollout temperature

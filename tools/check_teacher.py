@@ -19,20 +19,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import ConfigError, exit_with_error, flag_text  # noqa: E402
 from opd.errors import UserError  # noqa: E402
+from tools.arguments import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
     from opd.teachers.health_rows import HealthReport, HealthRow
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. `{self.prog} --help` lists every flag.")
 
 
 def main(argv: list[str]) -> int:
@@ -54,12 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="check_teacher.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ToolParser("check_teacher.py", __doc__)
     add = parser.add_argument
     add("urls", nargs="+", metavar="URL", help="address of an SGLang server, with or without /generate")
     add("--hf-checkpoint", metavar="FOLDER", help="the student: its tokenizer is compared with the teacher's")

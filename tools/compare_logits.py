@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import exit_with_error  # noqa: E402
 from opd.errors import UserError  # noqa: E402
+from tools.arguments import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,8 @@ class Comparison:
 
 
 def main(argv: list[str]) -> None:
-    options = _parse(argv)
     try:
+        options = _parse(argv)
         comparison = compare(options.hf_checkpoint, options.torch_dist, text=options.text, step=options.step)
     except (UserError, OSError) as error:
         exit_with_error(error)
@@ -54,12 +55,13 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="compare_logits.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hf-checkpoint", type=Path, required=True, help="Hugging Face folder: weights and tokenizer")
-    parser.add_argument("--torch-dist", type=Path, required=True, help="torch_dist folder")
-    parser.add_argument("--step", type=int, help="step of the torch_dist checkpoint; the latest without it")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit that passes")
-    parser.add_argument("--text", default=TEXT, help="text to compare on")
+    parser = ToolParser("compare_logits.py", __doc__)
+    add, folder = parser.add_argument, "FOLDER"
+    add("--hf-checkpoint", type=Path, required=True, metavar=folder, help="Hugging Face folder: weights and tokenizer")
+    add("--torch-dist", type=Path, required=True, metavar=folder, help="torch_dist folder")
+    add("--step", type=int, metavar="N", help="step of the torch_dist checkpoint (the latest)")
+    add("--tolerance", type=float, default=1e-3, metavar="X", help="largest difference of a logit that passes (0.001)")
+    add("--text", default=TEXT, metavar="TEXT", help="text to compare on (four lines of prose and code)")
     return parser.parse_args(argv)
 
 

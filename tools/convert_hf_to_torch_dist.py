@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opd.config.flags import ConfigError, build_parser, exit_with_error  # noqa: E402
 from opd.config.model_facts import ModelFacts, read_model_facts  # noqa: E402
 from opd.errors import UserError  # noqa: E402
+from tools.arguments import ToolParser  # noqa: E402
 from tools.conversion import check_output, convert_here, file_size  # noqa: E402
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="convert_hf_to_torch_dist.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    parser = ToolParser("convert_hf_to_torch_dist.py", __doc__)
+    add = parser.add_argument
+    add("--hf-checkpoint", required=True, metavar="FOLDER", help="Hugging Face folder with safetensors weights")
+    add("--save", required=True, metavar="FOLDER", help="folder to write")
+    add(
+        "--max-shard-size", type=file_size, metavar="SIZE", help="begin a new file at it, such as 5GB (one per process)"
     )
-    parser.add_argument("--hf-checkpoint", required=True, help="Hugging Face folder with safetensors weights")
-    parser.add_argument("--save", required=True, help="folder to write")
-    parser.add_argument("--max-shard-size", type=file_size, help="begin a new file at this size; one file a process")
     parser.add_argument("--force", action="store_true", help="replace a conversion that --save holds already")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the folder")
     options, rest = parser.parse_known_args(argv)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from opd.config.flags import ConfigError, exit_with_error  # noqa: E402
 from opd.errors import UserError  # noqa: E402
 from opd.megatron_backend.checkpoint_layout import hf_files, resolve  # noqa: E402
+from tools.arguments import ToolParser  # noqa: E402
 from tools.conversion import check_output, convert_here, file_size  # noqa: E402
 
 if TYPE_CHECKING:
@@ -39,13 +40,12 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="convert_torch_dist_to_hf.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("--input-dir", required=True, help="checkpoint folder, or one iter_NNNNNNN/ or release/ in it")
-    parser.add_argument("--output-dir", required=True, help="folder to write")
-    parser.add_argument("--origin-hf-dir", help="Hugging Face folder with config and tokenizer of this model")
-    parser.add_argument("--max-shard-size", type=file_size, default="5GB", help="largest weights file")
+    parser = ToolParser("convert_torch_dist_to_hf.py", __doc__)
+    add, folder = parser.add_argument, "FOLDER"
+    add("--input-dir", required=True, metavar=folder, help="checkpoint folder, or one iter_NNNNNNN/ or release/ in it")
+    add("--output-dir", required=True, metavar=folder, help="folder to write")
+    add("--origin-hf-dir", metavar=folder, help="Hugging Face folder with config and tokenizer of this model")
+    add("--max-shard-size", type=file_size, default="5GB", metavar="SIZE", help="largest weights file (5GB)")
     parser.add_argument("--force", action="store_true", help="replace a model that --output-dir holds already")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the folder")
     return parser.parse_args(argv)

@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import ConfigError, exit_with_error  # noqa: E402
 from opd.errors import UserError  # noqa: E402
+from tools.arguments import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
 
 REASONS_SHOWN = 12
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. `{self.prog} --help` lists every flag.")
 
 
 def main(argv: list[str]) -> None:
@@ -72,12 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     from opd.rewards.rules import RULES
     from opd.sampling.records import FORMATS
 
-    parser = _Parser(
-        prog="generate_mixture_data.py",
-        description=(__doc__ or "").splitlines()[0],
-        epilog="A killed run goes on when the same command is given again. See docs/mixture_data.md.",
-        allow_abbrev=False,
-    )
+    epilog = "A killed run goes on when the same command is given again. See docs/mixture_data.md."
+    parser = ToolParser("generate_mixture_data.py", (__doc__ or "").splitlines()[0], epilog)
     add = parser.add_argument_group("problems and output").add_argument
     add("--input", required=True, metavar="FILE", help="problems: JSONL or parquet")
     add("--output", required=True, metavar="FILE", help="records: JSONL, one line per kept answer")

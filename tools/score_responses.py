@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opd.config.flags import ConfigError, exit_with_error  # noqa: E402
 from opd.errors import UserError  # noqa: E402
+from tools.arguments import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
     from opd.teachers.score_store import ScoreStore
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. `{self.prog} --help` lists every flag.")
 
 
 def main(argv: list[str]) -> None:
@@ -70,12 +66,8 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="score_responses.py",
-        description=(__doc__ or "").splitlines()[0],
-        epilog="A killed run goes on when the same command is given again. See docs/teacher_cache.md.",
-        allow_abbrev=False,
-    )
+    epilog = "A killed run goes on when the same command is given again. See docs/teacher_cache.md."
+    parser = ToolParser("score_responses.py", (__doc__ or "").splitlines()[0], epilog)
     add = parser.add_argument_group("rows").add_argument
     add("--input", required=True, metavar="FILE", help="JSONL or parquet; also what generate_mixture_data.py writes")
     add("--output", required=True, metavar="FILE", help="JSONL: the rows that have a score")

@@ -70,6 +70,8 @@ def in_order(shares: list[TokenBatch]) -> TokenBatch:
             joined[field.name] = None
         elif isinstance(values[0], list):
             joined[field.name] = [item for value in values for item in value]
+        elif isinstance(values[0], dict):
+            joined[field.name] = {key: item for value in values for key, item in value.items()}
         else:
             joined[field.name] = torch.cat(values)
     whole = TokenBatch(**joined)

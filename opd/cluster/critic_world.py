@@ -16,7 +16,7 @@ from opd.cluster.place import CriticLink
 from opd.cluster.processes import ClusterError
 from opd.cluster.remote_critic import receive, send
 from opd.config.schema import Config
-from opd.data.batching import data_parallel_share
+from opd.data.batching import rank_share
 from opd.errors import UserError
 from opd.types import TokenBatch
 
@@ -97,8 +97,7 @@ class _Served:
 def _share(batch: TokenBatch) -> TokenBatch:
     from megatron.core import parallel_state as mpu
 
-    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    return batch.select(data_parallel_share(batch, rank=rank, size=size))
+    return rank_share(batch, rank=mpu.get_data_parallel_rank(), size=mpu.get_data_parallel_world_size())
 
 
 def _shared(request: Request | None) -> Request:

@@ -34,18 +34,19 @@ def _signal_warnings(config: Config) -> Iterator[str]:
             f"its {config.algorithm.advantage_estimator} advantage is always 0 and only the teacher acts. Give at "
             "least 2 samples per prompt to use both."
         )
-    if opd.opd_type == "sglang" and rollout.rollout_temperature != 1:
+    if config.scores_answers and rollout.rollout_temperature != 1:
+        served = "a server scores given tokens at temperature 1 whatever it is asked."
+        custom = "the function of --opd-custom-teacher-path is to give log-probs at temperature 1."
         yield (
             "the reverse KL is measured at temperature 1 on both sides, although answers are sampled at "
-            f"{rollout.rollout_temperature}: "
-            "a server scores given tokens at temperature 1 whatever it is asked."
+            f"{rollout.rollout_temperature}: {served if opd.opd_type == 'sglang' else custom}"
         )
     if opd.use_opd and opd.opd_kl_coef == 0:
         yield (
             "`--opd-kl-coef=0.0`: the teacher is asked and its reverse KL is logged, but it does not act on the "
             "student."
         )
-    if opd.opd_skip_teacher_selftest:
+    if opd.opd_skip_teacher_selftest and opd.opd_type != "custom":
         yield (
             "`--opd-skip-teacher-selftest`: a teacher with another tokenizer would go unnoticed and push the student "
             "at random."

@@ -190,11 +190,11 @@ def _behaviour_rules(config: Config) -> Iterator[str]:
     if opd.opd_student_logprobs != "behaviour":
         return
     remedy = "Drop it to use the recomputed ones"
-    if opd.opd_type == "sglang" and rollout.rollout_temperature != 1:
+    if config.scores_answers and rollout.rollout_temperature != 1:
         yield (
-            "`--opd-student-logprobs=behaviour` with `--opd-type=sglang` needs `--rollout-temperature=1` (got "
+            f"`--opd-student-logprobs=behaviour` with `--opd-type={opd.opd_type}` needs `--rollout-temperature=1` (got "
             f"{rollout.rollout_temperature}): the rollout engine's log-probs are at the sampling temperature, the "
-            "teacher server's at 1, and so the KL between a model and itself would not be 0. "
+            "teacher's at 1, and so the KL between a model and itself would not be 0. "
             f"{remedy}, or sample at 1."
         )
     for name in ("rollout_top_p", "rollout_top_k"):

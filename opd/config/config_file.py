@@ -248,9 +248,8 @@ def _unknown_key(key: str, known: list[str]) -> str:
     if dashed == "config":
         return f"`{key}`: a file cannot name another one. Put all flags in one file, or give the rest as flags."
     close = difflib.get_close_matches(dashed, [name.replace("_", "-") for name in known], n=1)
-    return f"unknown key `{key}`. " + (
-        f"Did you mean `{close[0]}`?" if close else "Keys are the flags that `train.py --help` lists, without dashes."
-    )
+    listed = "Keys are the flags that `train.py --help all` lists, without dashes."
+    return f"unknown key `{key}`. {f'Did you mean `{close[0]}`?' if close else listed}"
 
 
 def _unknown_heading(key: str) -> str:

@@ -33,6 +33,7 @@ def distillation_rules(config: Config) -> Iterator[str]:
             f"{flag_text('distillation_support', flags.distillation_support)} needs `--distillation-top-k`: without it "
             "the whole vocabulary is compared. Give a number of tokens such as 16, or drop it."
         )
+    yield from _custom_rules(config)
     yield from _weight_rules(config)
     if config.opd.opd_type == "sglang":
         yield from _server_rules(config)
@@ -47,6 +48,35 @@ def _second_signal_rules(config: Config) -> Iterator[str]:
                 f"{flag_text('distillation_type', config.distillation.distillation_type)}: it belongs to the penalty "
                 "on the advantage, which the distillation loss replaces. Drop it; --lambda-distill weighs the loss."
             )
+
+
+def _custom_rules(config: Config) -> Iterator[str]:
+    """A divergence of the user's own compares whole distributions, which a co-loaded teacher alone has."""
+    flags, opd = config.distillation, config.opd
+    path = flags.custom_divergence_function_path
+    if flags.distillation_type != "custom":
+        if path is not None:
+            yield (
+                f"{flag_text('custom_divergence_function_path', path)} needs `--distillation-type=custom` (got "
+                f"`{flags.distillation_type}`). Change the type, or drop the function."
+            )
+        return
+    if path is None:
+        yield (
+            "`--distillation-type=custom` needs `--custom-divergence-function-path`. Give the function, such as "
+            "my_objectives.hellinger (docs/extending.md)."
+        )
+    if opd.opd_type == "sglang":
+        yield (
+            "`--distillation-type=custom` needs `--opd-type=megatron` (got `sglang`): the function compares whole "
+            "distributions, and a server gives a few tokens' log-probs. Co-load the teacher with --opd-teacher-load."
+        )
+    elif flags.distillation_top_k is not None:
+        yield (
+            f"{flag_text('distillation_top_k', flags.distillation_top_k)} does not go with "
+            "`--distillation-type=custom`: the function gets the whole vocabulary. Drop it, and choose tokens in the "
+            "function."
+        )
 
 
 def _weight_rules(config: Config) -> Iterator[str]:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from opd.config.access_rules import access_rules
 from opd.config.flags import flag_text
 from opd.config.launch_rules import launch_environment_rules, served_teacher_folder_rules
 from opd.config.off_policy_rules import writing_teacher_file_rules
@@ -13,19 +14,26 @@ from opd.config.paths import check_function
 from opd.config.schema import Config
 from opd.config.teacher_server_rules import teacher_server_file_rules
 from opd.config.teachers import TeacherSpec, teachers
+from opd.config.weight_file_rules import no_such_folder, weight_file_rules
 
+FUNCTION_FLAGS = (
+    "custom_rm_path", "custom_reward_post_process_path", "custom_advantage_function_path", "opd_custom_teacher_path",
+    "custom_divergence_function_path",
+)  # fmt: skip
 LATEST = "latest_checkpointed_iteration.txt"
 
 
 def file_rules(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     yield from _prompt_file_rules(config)
     yield from _checkpoint_folder_rules(config)
+    yield from access_rules(config)
+    yield from weight_file_rules(config)
     yield from writing_teacher_file_rules(config)
     yield from _package_rules(config)
     yield from _launcher_rules(config, environ)
     yield from teacher_server_file_rules(config)
     yield from served_teacher_folder_rules(config)
-    for name in ("custom_rm_path", "custom_reward_post_process_path", "custom_advantage_function_path"):
+    for name in FUNCTION_FLAGS:
         path = config.flat()[name]
         if path is not None:
             check_function(path, flag=flag_text(name)[1:-1])
@@ -38,7 +46,9 @@ def _prompt_file_rules(config: Config) -> Iterator[str]:
         files.append(("--sft-data", config.off_policy.sft_data))
     for flag, name in files:
         path = Path(name)
-        if not path.is_file():
+        if path.is_dir():
+            yield f"`{flag}={name}` is a folder, and must be a file. Name the .jsonl or .parquet file in it."
+        elif not path.is_file():
             yield f"`{flag}={name}`: no such file. Check the path."
         elif path.suffix not in (".jsonl", ".parquet"):
             yield (
@@ -59,7 +69,7 @@ def _checkpoint_folder_rules(config: Config) -> Iterator[str]:
     }
     for name, folder in folders.items():
         if folder is not None and not Path(folder).is_dir():
-            yield f"{flag_text(name, folder)}: no such folder. Check the path."
+            yield no_such_folder(flag_text(name, folder), folder)
     written = {"save": checkpoint.save, "output_dir": config.output.output_dir}
     for name, folder in {**written, "opd_teacher_cache": opd.opd_teacher_cache}.items():
         if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
@@ -117,7 +127,7 @@ def has_hf_weights(folder: Path) -> bool:
 def _teacher_folder_rules(config: Config, teacher: TeacherSpec, folder: Path) -> Iterator[str]:
     opd, shown = config.opd, teacher.shown
     if not folder.is_dir():
-        yield f"{shown}: no such folder. Check the path."
+        yield no_such_folder(shown, str(teacher.location))
         return
     is_torch_dist = (folder / LATEST).is_file()
     if not is_torch_dist and not (folder / "config.json").is_file():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import re
 import sys
 import types
 import typing
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from opd.config.help import HelpFlag, HelpFormatter, program, value_name
 from opd.config.schema import Config
 from opd.config.slime_flags import DEFAULTS as SLIME_DEFAULTS
 from opd.config.slime_flags import dependent_defaults, translate
@@ -23,8 +25,39 @@ class ConfigError(UserError):
 
 
 class _Parser(argparse.ArgumentParser):
+    """argparse with our wording: flag, value, rule, remedy."""
+
     def error(self, message: str) -> NoReturn:
+        given = re.fullmatch(r"argument (?:-\w/)?(--\S+): ignored explicit argument '(.*)'", message)
+        if given:
+            message = f"`{given[1]}={given[2]}`: a switch takes no value. Write `{given[1]}`, or leave it out."
         raise ConfigError(message)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            close = difflib.get_close_matches(str(value), action.choices, n=1)
+            remedy = f"Did you mean `{close[0]}`?" if close else "Choose one of these."
+            allowed = ", ".join(map(str, action.choices))
+            raise ConfigError(f"`{action.option_strings[-1]}={value}` must be one of {allowed}. {remedy}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            rule, example = _NUMBERS[action.type is int]
+            flag = action.option_strings[-1]
+            raise ConfigError(f"`{flag}={text}` must be {rule}. Write it in digits, such as {example}.") from error
+
+    def _match_argument(self, action: argparse.Action, pattern: str) -> int:
+        try:
+            return super()._match_argument(action, pattern)
+        except argparse.ArgumentError as error:
+            flag = action.option_strings[-1]
+            value = "|".join(action.choices) if action.choices else action.metavar
+            raise ConfigError(f"`{flag}` needs a value, and none follows it. Write `{flag} {value}`.") from error
+
+
+_NUMBERS = {True: ("a whole number", "8"), False: ("a number", "0.5 or 1e-6")}
 
 
 def parse_flags(argv: list[str]) -> Config:
@@ -72,20 +105,20 @@ def _config_file_values(paths: list[str]) -> dict[str, Any]:
     return read_config_file(paths[0])
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """States a default where it says something: not for a switch, nor where the help says what happens without it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train.py",
-        usage="python train.py [--config FILE] FLAGS",
+        usage=f"{program()} [--config FILE] FLAGS",
         description="On-policy distillation: a student writes, a teacher scores every token, the student learns.",
         allow_abbrev=False,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=HelpFlag,
+        help="the flags that most runs need; TOPIC: a group of flags, one flag, or all",
     )
     parser.add_argument(
         "--config",
@@ -103,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         hints = typing.get_type_hints(section_type)
         for f in fields(section_type):
             name = "--" + f.name.replace("_", "-")
-            group.add_argument(name, **_argparse_kwargs(hints[f.name], f.default, f.metadata))
+            group.add_argument(name, **_argparse_kwargs(f.name, hints[f.name], f.default, f.metadata))
             if hints[f.name] is bool and not f.default:  # out of --help: only a file or an earlier flag gives it a use
                 group.add_argument(
                     "--no-" + name[2:], dest=f.name, action="store_false", default=f.default, help=argparse.SUPPRESS
@@ -111,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _argparse_kwargs(annotation: Any, default: Any, metadata: Any) -> dict[str, Any]:
+def _argparse_kwargs(name: str, annotation: Any, default: Any, metadata: Any) -> dict[str, Any]:
     common = {"help": metadata["help"], "default": default}
     if annotation is bool:
         action = argparse.BooleanOptionalAction if default else "store_true"
@@ -123,6 +156,8 @@ def _argparse_kwargs(annotation: Any, default: Any, metadata: Any) -> dict[str, 
     kwargs = {"type": annotation, **common}
     if metadata["choices"]:
         kwargs["choices"] = metadata["choices"]
+    else:
+        kwargs["metavar"] = value_name(name, annotation)
     if metadata["nargs"]:
         kwargs["nargs"] = metadata["nargs"]
     return kwargs
@@ -134,7 +169,7 @@ def _unknown_flag_message(parser: argparse.ArgumentParser, token: str) -> str:
     known = [option for action in shown for option in action.option_strings]
     known += [f"--{option}" for option, treatment in SLIME_FLAGS.items() if treatment.kind != "refused"]
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean `{close[0]}`?" if close else " `train.py --help` lists every flag."
+    hint = f" Did you mean `{close[0]}`?" if close else " `train.py --help all` lists every flag."
     kind = "flag" if name.startswith("-") else "argument"
     return f"unknown {kind} `{name}`.{hint}"
 

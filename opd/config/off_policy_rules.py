@@ -9,6 +9,7 @@ from opd.config.flags import flag_text
 from opd.config.mixture_rules import mixing_teacher
 from opd.config.queries import given
 from opd.config.schema import Config
+from opd.config.weight_file_rules import no_such_folder
 
 
 def off_policy_prompts(config: Config, step: int) -> int:
@@ -153,7 +154,7 @@ def writing_teacher_file_rules(config: Config) -> Iterator[str]:
         return
     folder, shown = Path(name), flag_text(flag, name)
     if not folder.is_dir():
-        yield f"{shown}: no such folder. Check the path."
+        yield no_such_folder(shown, name)
     elif not (folder / "config.json").is_file():
         yield (
             f"{flag_text('rollout_engine', config.rollout.rollout_engine)} needs a Hugging Face folder in {shown}, "

@@ -119,6 +119,8 @@ def _teacher_rows(config: Config, facts: dict[str, ModelFacts]) -> Rows:
 
 def _teacher_line(config: Config, teacher: TeacherSpec, facts: ModelFacts | None) -> str:
     opd = config.opd
+    if opd.opd_type == "custom":
+        return f"function {teacher.location}, in the first training process"
     if facts is None:
         where = teacher.location or f"that the run starts for {opd.opd_teacher_serve}"
         return (

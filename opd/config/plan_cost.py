@@ -68,7 +68,7 @@ def _total(config: Config, parts: list[PartCost], assumed: Assumptions) -> tuple
     rate = f"{tokens / seconds:,.0f} answer tokens per second" if seconds else ""
     if config.rollouts_ahead:
         rate += "; the next rollout is written meanwhile"
-    elif config.opd.opd_type == "sglang":
+    elif config.scores_answers:
         rate += "; the teacher beside the rollout"
     return seconds_text(seconds), Text(rate)
 

@@ -70,6 +70,8 @@ def _distillation(config: Config) -> str:
     what = flags.distillation_type
     if what == "gkd":
         what += f" (beta {flags.distillation_beta:g})"
+    if what == "custom":
+        what = str(flags.custom_divergence_function_path)
     where = "over the whole vocabulary"
     if flags.distillation_top_k is not None:
         who = {"teacher": "the teacher's", "student": "the student's", "union": "both models'"}[

@@ -1,4 +1,4 @@
-"""What the plan says about asking a served teacher: how much at a time, and how patiently."""
+"""What the plan says about asking a served teacher, or a function: how much at a time, and how patiently."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from opd.serving.addresses import addresses
 def asking_rows(config: Config, found: list[TeacherSpec]) -> list[tuple[str, str]]:
     """None for teachers that are beside the student."""
     opd = config.opd
-    if opd.opd_type != "sglang" or not found:
+    if not config.scores_answers or not found:
         return []
+    if opd.opd_type == "custom":
+        asked = "one sample at a time if it is a plain function, all that wait if it is async; time-outs are its own"
+        return [("teacher asked", asked), ("without scores", _patience(config))]
     together = f"up to {opd.opd_teacher_batch} samples in one request" if opd.opd_teacher_batch > 1 else "one by one"
     parts = [together, f"at most {opd.opd_teacher_deadline:g} s for a sample, retries and waiting included"]
     if opd.opd_teacher_hedge and any(_has_choice(teacher) for teacher in found):

@@ -131,9 +131,15 @@ class Config:
         return given if given is not None else 0.1 if self.model.bf16 else 1e-3
 
     @property
+    def scores_answers(self) -> bool:
+        """Whether the teacher scores each answer by itself as it is finished, as a server or a custom function does; a
+        co-loaded one scores the batch later."""
+        return self.opd.opd_type in ("sglang", "custom")
+
+    @property
     def kl_temperature(self) -> float:
-        """Temperature of both distributions in the OPD penalty: a server's input log-probs are always at 1, and a
-        behaviour log-prob is at the rollout temperature."""
+        """Temperature of both distributions in the OPD penalty: a server's input log-probs are always at 1, as are a
+        custom function's, and a behaviour log-prob is at the rollout temperature."""
         return self.rollout.rollout_temperature if self.opd.opd_type == "megatron" else 1.0
 
     @property
@@ -181,6 +187,16 @@ class Config:
             for name in names
         }
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def saved_samples(self) -> int:
+        """Samples of a rollout or an evaluation whose tokens are written to OUTPUT_DIR/samples."""
+        return self.output.num_saved_samples if self.output.output_dir else 0
+
+    @property
+    def saved_alternatives(self) -> int:
+        """Likeliest tokens that are recorded at each of their tokens."""
+        return self.output.num_saved_alternatives if self.saved_samples else 0
 
     @property
     def uses_critic(self) -> bool:

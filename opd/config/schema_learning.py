@@ -48,7 +48,7 @@ class CriticFlags:
 @dataclass(frozen=True, kw_only=True)
 class OpdFlags:
     use_opd: bool = flag(False, "on-policy distillation: subtract coef * reverse KL from the advantage of every token")
-    opd_type: str | None = flag(None, "where the teacher runs: sglang (server, --rm-url) or megatron (co-loaded, --opd-teacher-load)", choices=("sglang", "megatron"))
+    opd_type: str | None = flag(None, "where the teacher runs: sglang (server, --rm-url), megatron (co-loaded, --opd-teacher-load) or custom (a function of yours, --opd-custom-teacher-path)", choices=("sglang", "megatron", "custom"))
     opd_kl_coef: float = flag(1.0, "weight of the reverse KL in the advantage")
     opd_kl_clip: float | None = flag(None, "largest absolute reverse KL of a token in the penalty, in nats, before --opd-kl-discount and --opd-kl-coef")
     opd_kl_discount: float = flag(0.0, "a token also pays for the reverse KL of those after it, discounted by this per token; 0: its own only")
@@ -71,6 +71,7 @@ class OpdFlags:
     opd_teacher_context_parallel_size: int | None = flag(None, "its context-parallel ranks, in place of the student's")
     opd_teacher_expert_model_parallel_size: int | None = flag(None, "ranks over which its experts are divided, in place of the student's")
     opd_teacher_hf_checkpoint: str | None = flag(None, "Hugging Face folder with the teacher's config and tokenizer, for a torch_dist teacher whose folder holds none")
+    opd_custom_teacher_path: str | None = flag(None, "custom: module.function, (args, sample) -> log-probs of the response tokens (nats, temperature 1); plain (one sample at a time, in a thread) or async (all that wait)")
     opd_teacher_serve: str | None = flag(None, "sglang: Hugging Face folder of a teacher whose SGLang servers the run starts, watches and stops itself, instead of --rm-url")
     opd_teacher_num_gpus: int = flag(1, "devices for the servers of --opd-teacher-serve")
     opd_teacher_num_gpus_per_engine: int = flag(1, "tensor-parallel size of one of these servers")
@@ -89,14 +90,15 @@ class OpdFlags:
     opd_teacher_tokenizer: str | None = flag(None, "sglang: Hugging Face folder with the teacher's tokenizer when it is not the student's; the teacher then reads the text, and log-probs are compared by spans in which both have whole tokens")
     opd_min_token_coverage: float = flag(0.9, "with --opd-teacher-tokenizer, stop (after saving) when a smaller share of a rollout's tokens is in such spans")
     opd_max_unscored_share: float = flag(0.5, "stop (after saving) when a larger share of a rollout has no teacher score")
-    opd_skip_teacher_selftest: bool = flag(False, "do not compare tokenizer and temperature with the teacher at start")
+    opd_skip_teacher_selftest: bool = flag(False, "do not compare tokenizer and temperature with the served teacher at start, and do not try --opd-custom-teacher-path on a short text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationFlags:
     """Losses on the whole next-token distribution, in place of the penalty on the sampled token."""
 
-    distillation_type: str | None = flag(None, "minimise the divergence of the distributions at every response token: reverse_kl KL(student || teacher), forward_kl KL(teacher || student), gkd (generalised Jensen-Shannon)", choices=("reverse_kl", "forward_kl", "gkd"))
+    distillation_type: str | None = flag(None, "minimise the divergence of the distributions at every response token: reverse_kl KL(student || teacher), forward_kl KL(teacher || student), gkd (generalised Jensen-Shannon), custom (--custom-divergence-function-path)", choices=("reverse_kl", "forward_kl", "gkd", "custom"))
+    custom_divergence_function_path: str | None = flag(None, "custom: module.function, (args, student log-probs [rows, vocabulary], teacher's) -> divergence [rows], or terms [rows, vocabulary] that add up to it; autograd gives the gradient")
     distillation_beta: float = flag(0.5, "gkd: weight of the teacher in the mixture; 0 is forward_kl, 1 is reverse_kl")
     distillation_temperature: float = flag(1.0, "divides both models' logits")
     distillation_top_k: int | None = flag(None, "compare k tokens and one bucket with the rest, instead of the whole vocabulary")

@@ -29,7 +29,7 @@ class DataFlags:
 class RolloutFlags:
     rollout_engine: str = flag("torch", "who generates: torch (in this process), sglang (server processes), speculative_kd (in this process; the co-loaded teacher replaces tokens outside its top k) or mixture (in this process; student and teacher together)", choices=("torch", "sglang", "speculative_kd", "mixture"))
     skd_top_k: int = flag(25, "speculative_kd: a proposed token stays when it is among the teacher's k likeliest")
-    num_rollout: int | None = flag(None, "rollouts in the whole run, including those before a resume")
+    num_rollout: int | None = flag(None, "training steps of the whole run, a rollout and its updates each, including those before a resume")
     rollout_batch_size: int | None = flag(None, "prompts per rollout")
     n_samples_per_prompt: int = flag(1, "answers per prompt: the group of GRPO")
     rollout_max_response_len: int = flag(1024, "tokens per answer at most")
@@ -62,9 +62,9 @@ class RolloutFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFlags:
-    rm_type: str | None = flag(None, "rule for the task reward", choices=("exact", "math", "final_answer"))
-    custom_rm_path: str | None = flag(None, "module.function, async (args, sample) -> float")
-    custom_reward_post_process_path: str | None = flag(None, "module.function, (args, samples) -> (raw rewards, rewards)")
+    rm_type: str | None = flag(None, "rule for the task reward, 1 or 0: exact (the whole answer is the label), final_answer (what follows its last # is) or math (its last \\boxed{} or expression means the same)", choices=("exact", "math", "final_answer"))
+    custom_rm_path: str | None = flag(None, "a reward of your own: module.function, async (args, sample) -> float")
+    custom_reward_post_process_path: str | None = flag(None, "has the last word on a rollout's rewards: module.function, (args, samples) -> (raw rewards, rewards)")
     rm_url: str | None = flag(None, "the teacher server's /generate address for --opd-type sglang; several servers of the same teacher with commas between them, each with *WEIGHT behind it (its share of the load) or without")
 
 
@@ -74,9 +74,9 @@ class EvalFlags:
     eval_prompt_data: list[str] | None = flag(None, "NAME PATH pairs of evaluation sets, or one PATH", nargs="+")
     n_samples_per_eval_prompt: int = flag(1, "answers per evaluation prompt")
     eval_max_response_len: int | None = flag(None, "tokens per answer; as in training without it")
-    eval_temperature: float = flag(0.0, "0: greedy")
-    eval_top_p: float = flag(1.0, "nucleus sampling")
-    eval_top_k: int = flag(-1, "-1: off")
+    eval_temperature: float = flag(0.0, "sampling temperature of evaluations; 0: greedy")
+    eval_top_p: float = flag(1.0, "nucleus sampling of evaluations")
+    eval_top_k: int = flag(-1, "sample from the k likeliest tokens; -1: off")
     eval_input_key: str | None = flag(None, "as --input-key without it")
     eval_label_key: str | None = flag(None, "as --label-key without it")
     skip_eval_before_train: bool = flag(False, "no evaluation before the first rollout")

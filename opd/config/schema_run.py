@@ -9,7 +9,7 @@ from opd.config.schema_flag import flag
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFlags:
-    output_dir: str | None = flag(None, "folder for metrics.jsonl, curves.png, tensorboard/ and samples/")
+    output_dir: str | None = flag(None, "folder for report.html, metrics.jsonl, curves.png, tensorboard/ and samples/")
     dry_run: bool = flag(False, "parse, validate, print the plan and exit; starts nothing and loads no weights")
     use_tensorboard: bool = flag(True, "write TensorBoard event files under OUTPUT_DIR/tensorboard")
     use_wandb: bool = flag(False, "log to Weights & Biases (needs the wandb package)")
@@ -19,6 +19,7 @@ class OutputFlags:
     prometheus_port: int | None = flag(None, "serve the metrics to Prometheus at http://127.0.0.1:PORT/metrics while the run lasts")
     prometheus_host: str | None = flag(None, "address on which --prometheus-port listens; 127.0.0.1 without it, 0.0.0.0 for every network")
     num_saved_samples: int = flag(8, "samples per rollout written to OUTPUT_DIR/samples/ with their per-token values")
+    num_saved_alternatives: int = flag(5, "likeliest tokens of the student and of its teacher recorded at each token of a saved sample; 0: none")
     trust_remote_code: bool = flag(False, "run code that comes with a Hugging Face folder")
     distributed_timeout_minutes: int = flag(10, "time-out of collectives")
 

@@ -167,12 +167,16 @@ _REFUSED: dict[str, str] = {
     _NO_HOOK: (
         "rollout-function-path eval-function-path custom-generate-function-path rollout-sample-hook-path "
         "custom-rollout-log-function-path custom-eval-rollout-log-function-path buffer-filter-path "
-        "rollout-data-postprocess-path data-source-path custom-loss-function-path custom-tis-function-path "
+        "rollout-data-postprocess-path data-source-path custom-tis-function-path "
         "custom-pg-loss-reducer-function-path custom-convert-samples-to-train-data-path rollout-sample-filter-path "
         "rollout-all-samples-process-path custom-megatron-init-path custom-megatron-before-log-prob-hook-path "
         "custom-megatron-before-train-step-hook-path custom-model-provider-path custom-update-weight-post-write-path "
         "custom-config-path"
     ),
+    (
+        "an objective of your own is --distillation-type custom --custom-divergence-function-path, or "
+        "--custom-advantage-function-path. Give one of these."
+    ): "custom-loss-function-path",
     "every prompt that is drawn is trained on: a teacher has something to say about each answer. Drop it.": (
         "dynamic-sampling-filter-path"
     ),

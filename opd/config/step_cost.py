@@ -57,15 +57,15 @@ def step_parts(config: Config, student: ModelFacts, teachers: list[ModelFacts], 
 
 
 def step_seconds(config: Config, parts: list[PartCost]) -> float | None:
-    """What overlaps is not counted twice: a served teacher scores while answers are written, and with --async-rollout
-    both go on during the update. None when a part that counts is not known."""
+    """What overlaps is not counted twice: a served or custom teacher scores while answers are written, and with
+    --async-rollout both go on during the update. None when a part that counts is not known."""
     seconds = {part.name: part.seconds for part in parts}
     rollout, teacher = seconds.pop("rollout"), seconds.pop("teacher", 0.0)
     known = [value for value in seconds.values() if value is not None]
     if rollout is None or len(known) < len(seconds):
         return None
     rest = sum(known)
-    if config.opd.opd_type == "sglang":
+    if config.scores_answers:
         rollout = max(rollout, teacher or 0.0)
     elif teacher is None:
         return None
@@ -106,7 +106,7 @@ def _rollout(
 
 def _teacher(config: Config, teachers: list[ModelFacts], assumed: Assumptions, flops: float, speed: float) -> PartCost:
     opd = config.opd
-    if opd.opd_type == "sglang":
+    if config.scores_answers:
         if not flops:
             note = "its size is not known here; it scores while other answers are written"
             return PartCost(name="teacher", flops=0.0, seconds=None, note=note)

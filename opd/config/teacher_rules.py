@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator
 
+from opd.config.custom_teacher_rules import custom_teacher_rules, misplaced_custom_teacher_rules
 from opd.config.flags import flag_text
 from opd.config.queries import given, task_reward_acts
 from opd.config.schema import Config
@@ -28,8 +29,14 @@ def opd_rules(config: Config) -> Iterator[str]:
     if opd.opd_type is None:
         yield (
             "`--use-opd` needs `--opd-type`. Give `--opd-type=megatron` (teacher in the trainer's process, "
-            "--opd-teacher-load) or `--opd-type=sglang` (teacher in its own server, --rm-url)."
+            "--opd-teacher-load), `--opd-type=sglang` (teacher in its own server, --rm-url) or `--opd-type=custom` "
+            "(a function of yours, --opd-custom-teacher-path)."
         )
+    yield from misplaced_custom_teacher_rules(config)
+    if opd.opd_type == "custom":
+        yield from custom_teacher_rules(config)
+        yield from _combination_rules(config)
+        return
     yield from _several_teachers_rules(config)
     if opd.opd_type == "megatron":
         yield from _megatron_teacher_rules(config)

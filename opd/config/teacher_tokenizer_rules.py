@@ -11,7 +11,7 @@ from opd.config.schema import Config
 
 def teacher_tokenizer_rules(config: Config) -> Iterator[str]:
     opd = config.opd
-    if not opd.use_opd:
+    if not opd.use_opd or opd.opd_type == "custom":
         return
     folder = opd.opd_teacher_tokenizer
     if folder is None:

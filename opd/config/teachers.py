@@ -1,5 +1,5 @@
-"""The teachers that the flags name: one by --opd-teacher-load, --rm-url, --opd-teacher-serve or --opd-teacher-self, or
-several by name."""
+"""The teachers that the flags name: one by --opd-teacher-load, --rm-url, --opd-teacher-serve, --opd-teacher-self or
+--opd-custom-teacher-path, or several by name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ONLY = "teacher"  # name of a teacher that is alone
 class TeacherSpec:
     """
     Args:
-        location: folder (megatron) or /generate address (sglang); None: the student itself, or (sglang) servers that
-            the run is still to start.
+        location: folder (megatron), /generate address (sglang) or module.function (custom); None: the student itself,
+            or (sglang) servers that the run is still to start.
         weight: share in a mixture of teachers; they add up to 1.
         kl_coef: factor on the penalty or distillation loss of the samples it scores.
         shown: the flag and value that name it, for messages.
@@ -39,7 +39,7 @@ def teachers(config: Config) -> list[TeacherSpec]:
     if not opd.use_opd:
         return []
     if opd.opd_teachers is None:
-        flag = "opd_teacher_load" if opd.opd_type == "megatron" else "rm_url"
+        flag = {"megatron": "opd_teacher_load", "custom": "opd_custom_teacher_path"}.get(opd.opd_type or "", "rm_url")
         location = config.flat()[flag]
         if opd.opd_teacher_self is not None:
             flag, location = "opd_teacher_self", None

@@ -146,13 +146,7 @@ class AnswerDataset:
         Raises:
             PromptDataError: the answers are not those of the saved run.
         """
-        if state["digest"] != self.digest:
-            raise self._source.error(
-                f"its answers are not those of the checkpoint (digest {self.digest}, saved {state['digest']}), so the "
-                "saved position means nothing",
-                "Give back that run's file, tokenizer, chat template and length limits, or pass --finetune to start at "
-                "step 0 from its weights.",
-            )
+        self._source.check_same(self.digest, state["digest"], "answers")
         self._epochs.restore(state)
 
     def _sample(self, answer: Answer, first_index: int, position: int) -> Sample:

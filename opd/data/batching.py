@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from opd.errors import EngineError
 from opd.types import Sample, TokenBatch
 
 
@@ -17,11 +18,14 @@ def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, sam
         samples_per_step: global batch size: every so many samples make one optimizer step.
 
     Raises:
-        ValueError: no sample is left.
+        EngineError: no sample is left.
     """
     kept = [i for i, s in enumerate(samples) if s.trainable]
     if not kept:
-        raise ValueError(f"none of {len(samples)} samples has a response: the rollout engine aborted all of them")
+        raise EngineError(
+            f"none of {len(samples)} samples has a response, so there is nothing to learn from: the rollout engine "
+            "aborted all of them. Its log says why; resume with --load when it works"
+        )
     chosen = [samples[i] for i in kept]
     lengths = [s.response_length for s in chosen]
     scored = [s.teacher_log_probs is not None for s in chosen]
@@ -45,6 +49,10 @@ def make_batch(samples: list[Sample], outcome_advantages_N: torch.Tensor, *, sam
         off_policy_N=torch.tensor([s.off_policy for s in chosen]),
         teacher_tokens=_teacher_tokens(chosen),
         teacher_span_T=_teacher_spans(chosen),
+        saved_N=torch.tensor([s.saved for s in chosen]),
+        teacher_likely={
+            i: samples[i].teacher_likely for i in kept if samples[i].saved and samples[i].teacher_likely is not None
+        },
         **_teacher_top(chosen),
     )
 
@@ -89,6 +97,24 @@ def _teacher_top(samples: list[Sample]) -> dict[str, torch.Tensor]:
         ids.append(ids_TK)
         logprobs.append(logprobs_TK)
     return {"teacher_top_ids_TK": torch.cat(ids), "teacher_top_logprobs_TK": torch.cat(logprobs)}
+
+
+def rank_share(batch: TokenBatch, *, rank: int, size: int) -> TokenBatch:
+    """What one data-parallel rank of ``size`` works on.
+
+    All ranks take part in every optimizer step: one that a step with fewer samples than ranks has nothing for gets a
+    copy of its shortest sample, which counts in no loss and no metric.
+    """
+    mine, idle = data_parallel_share(batch, rank=rank, size=size), []
+    steps_N = batch.optimizer_step_N.tolist()
+    for step in sorted(set(steps_N) - {steps_N[i] for i in mine}):
+        idle.append(min((i for i, s in enumerate(steps_N) if s == step), key=lambda i: batch.lengths[i]))
+    share = batch.select(mine + idle)
+    if not idle:
+        return share
+    counts_N = torch.tensor([True] * len(mine) + [False] * len(idle))
+    saved_N = None if share.saved_N is None else share.saved_N & counts_N
+    return share.with_(loss_mask_T=share.loss_mask_T * share.per_token(counts_N), saved_N=saved_N)
 
 
 def data_parallel_share(batch: TokenBatch, *, rank: int, size: int) -> list[int]:

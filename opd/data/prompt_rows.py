@@ -53,6 +53,20 @@ class PromptSource:
     def error(self, rule: str, remedy: str, bad_rows: list[tuple[int, str]] | None = None) -> PromptDataError:
         return PromptDataError.of_file(self.flag, self.path, rule, remedy, bad_rows)
 
+    def check_same(self, digest: str, saved: str, what: str) -> None:
+        """Before a cursor is moved to a saved place among ``what``.
+
+        Raises:
+            PromptDataError: what the file gives now is not what it gave to the saved run.
+        """
+        if digest != saved:
+            raise self.error(
+                f"its {what} are not those of the checkpoint (digest {digest}, saved {saved}), so the saved position "
+                "means nothing",
+                "Give back that run's file, tokenizer, chat template and length limits, or pass --finetune to start at "
+                "step 0 from its weights.",
+            )
+
     def load(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         """Every row as a prompt, tokenized in one batch.
 

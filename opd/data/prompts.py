@@ -106,13 +106,7 @@ class PromptDataset:
         Raises:
             PromptDataError: the prompts are not those of the saved run.
         """
-        if state["digest"] != self.digest:
-            raise self._source.error(
-                f"its prompts are not those of the checkpoint (digest {self.digest}, saved {state['digest']}), so the "
-                "saved position means nothing",
-                "Give back that run's file, tokenizer, chat template and length limits, or pass --finetune to start at "
-                "step 0 from its weights.",
-            )
+        self._source.check_same(self.digest, state["digest"], "prompts")
         self._epochs.restore(state)
 
     def _drop_long(

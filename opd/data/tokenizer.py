@@ -29,13 +29,19 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"`{flag}={path}` holds no tokenizer that transformers can load ({first_line}). It needs "
-            "tokenizer.json (or the files of a slow tokenizer) and tokenizer_config.json beside config.json."
-        ) from error
+        raise ConfigError(_no_tokenizer(flag, path, str(error).strip().splitlines()[0])) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made from config.json's model type alone
+        raise ConfigError(_no_tokenizer(flag, path, "it has no vocabulary"))
+    return tokenizer
+
+
+def _no_tokenizer(flag: str, path: str | Path, reason: str) -> str:
+    return (
+        f"`{flag}={path}` holds no tokenizer that transformers can load ({reason}). It needs "
+        "tokenizer.json (or the files of a slow tokenizer) and tokenizer_config.json beside config.json."
+    )
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

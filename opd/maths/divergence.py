@@ -83,7 +83,7 @@ def divergence(
             that are not two equal [T, V].
     """
     check_options(kind=kind, beta=beta, temperature=temperature, top_k=top_k, support=support)
-    _check_logits(student_logits_TV, teacher_logits_TV, top_k, group)
+    check_logits(student_logits_TV, teacher_logits_TV, top_k, group)
     options = {"kind": kind, "beta": beta, "temperature": float(temperature), "top_k": top_k, "support": support}
     return _Divergence.apply(student_logits_TV, teacher_logits_TV.detach(), options | {"group": group})
 
@@ -109,7 +109,7 @@ def divergence_and_grad(
     Live [C, V] tensors beyond the arguments: the gradient, if needed and ``out`` is None. Scratch is 4 row blocks.
     """
     check_options(kind=kind, beta=beta, temperature=temperature, top_k=top_k, support=support)
-    _check_logits(student_logits_CV, teacher_logits_CV, top_k, group)
+    check_logits(student_logits_CV, teacher_logits_CV, top_k, group)
     kind = plain_kind(kind, beta)
     student_CV, teacher_CV = student_logits_CV.detach(), teacher_logits_CV.detach()
     kernel = _fused_kernel() if _kernel_can(student_CV, teacher_CV, top_k, group) else None
@@ -127,7 +127,7 @@ def divergence_and_grad(
         return divergence_topk.topk_rows(student_BV, teacher_BV, top_k=top_k, support=support, **shared)
 
     buffers = divergence_full.SCRATCH if top_k is None else divergence_topk.SCRATCH
-    return _in_blocks(block, student_CV, buffers=buffers, need_grad=need_grad, out=out)
+    return in_blocks(block, student_CV, buffers=buffers, need_grad=need_grad, out=out)
 
 
 def sparse_divergence_and_grad(
@@ -164,7 +164,7 @@ def sparse_divergence_and_grad(
             temperature=temperature, group=group, grad_BV=grad_BV, scratch=scratch, need_grad=need_grad,
         )  # fmt: skip
 
-    return _in_blocks(block, student_CV, buffers=divergence_topk.SPARSE_SCRATCH, need_grad=need_grad, out=out)
+    return in_blocks(block, student_CV, buffers=divergence_topk.SPARSE_SCRATCH, need_grad=need_grad, out=out)
 
 
 def plain_kind(kind: str, beta: float) -> str:
@@ -217,7 +217,7 @@ class _Divergence(torch.autograd.Function):
         return grad_TV, None, None
 
 
-def _in_blocks(
+def in_blocks(
     block: Callable[[slice, torch.Tensor, list[torch.Tensor]], RowSums],
     student_CV: torch.Tensor,
     *,
@@ -272,7 +272,7 @@ def _fused_kernel() -> Callable[..., ChunkDivergence] | None:
     return fused_divergence_and_grad
 
 
-def _check_logits(
+def check_logits(
     student_TV: torch.Tensor, teacher_TV: torch.Tensor, top_k: int | None, group: dist.ProcessGroup | None
 ) -> None:
     if student_TV.dim() != 2 or student_TV.shape != teacher_TV.shape or not student_TV.shape[1]:

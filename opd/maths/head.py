@@ -36,6 +36,10 @@ class OutputHead:
     vocab_size: int
     group: dist.ProcessGroup | None = None
 
+    def real_columns(self, columns: int) -> int:
+        """How many of this rank's ``columns`` are tokens, not padding."""
+        return max(0, min(columns, self.vocab_size - first_column(columns, self.group)))
+
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """[C, V], float32 or wider. Padded columns hold the lowest number: no probability, no gradient, and no NaN
         where -inf would meet a probability of 0."""
@@ -43,7 +47,7 @@ class OutputHead:
         if logits_CV.dtype not in (torch.float32, torch.float64):
             logits_CV = logits_CV.float()
         columns = logits_CV.shape[1]
-        real = max(0, min(columns, self.vocab_size - first_column(columns, self.group)))
+        real = self.real_columns(columns)
         if real < columns:
             logits_CV[:, real:] = torch.finfo(logits_CV.dtype).min
         return logits_CV
@@ -100,7 +104,7 @@ class _ThroughHead(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(hidden_RH, weight_VH)
         ctx.head, ctx.fn, ctx.chunk = head, fn, chunk
-        pieces = [fn(head.logits(hidden_RH[rows]), rows) for rows in _chunks(hidden_RH, chunk)]
+        pieces = [fn(head.logits(hidden_RH[rows]), rows) for rows in chunks(hidden_RH, chunk)]
         return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
 
     @staticmethod
@@ -108,7 +112,7 @@ class _ThroughHead(torch.autograd.Function):
         hidden_RH, weight_VH = ctx.saved_tensors
         grad_hidden_RH = torch.empty_like(hidden_RH) if ctx.needs_input_grad[0] else None
         total = WeightGradient(weight_VH) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(hidden_RH, ctx.chunk):
+        for rows in chunks(hidden_RH, ctx.chunk):
             hidden_CH = hidden_RH[rows].to(weight_VH.dtype)
             logits_CV = ctx.head.logits(hidden_CH).requires_grad_()
             with torch.enable_grad():
@@ -122,6 +126,6 @@ class _ThroughHead(torch.autograd.Function):
         return grad_hidden_RH, None if total is None else total.sum_VH.to(weight_VH.dtype), None, None, None
 
 
-def _chunks(hidden_RH: torch.Tensor, chunk: int) -> list[slice]:
+def chunks(hidden_RH: torch.Tensor, chunk: int) -> list[slice]:
     """At least one: a context-parallel rank may predict nothing, and still has a graph to take part in."""
     return [slice(start, start + chunk) for start in range(0, max(1, hidden_RH.shape[0]), chunk)]

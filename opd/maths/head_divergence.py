@@ -10,16 +10,19 @@ Shapes: R rows (response tokens), C rows of a chunk, H hidden size, V the vocabu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from opd.maths.divergence import (
+    KINDS,
     ChunkDivergence,
     check_options,
     divergence_and_grad,
     sparse_divergence_and_grad,
 )
+from opd.maths.divergence_custom import DivergenceFn, custom_divergence_and_grad
 from opd.maths.head import OutputHead, WeightGradient
 
 DIAGNOSTICS = ("student_entropy", "teacher_entropy", "top1_agree", "tail_mass")
@@ -34,7 +37,7 @@ def head_divergence(
     teacher_logits: TeacherLogits | SparseTeacher,
     weights_R: torch.Tensor,
     *,
-    kind: str,
+    kind: str | DivergenceFn,
     beta: float = 0.5,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -47,6 +50,8 @@ def head_divergence(
         teacher_logits: a function from row indices [C] to the teacher's logits [C, V] at those rows (this rank's
             slice), or a pair (ids [R, K], log-probs [R, K]) as `sparse_divergence_and_grad` takes it, for which
             ``top_k`` and ``support`` play no part.
+        kind: one of `divergence.KINDS`, or a function of its own (`opd.maths.divergence_custom`), for which ``beta``
+            and ``support`` play no part; it takes whole distributions.
         weights_R: weight of each row in the loss; no gradient. A row of weight 0 adds nothing, even if infinite.
         chunk: rows at a time. Live [C, V] tensors: the student's logits of a chunk, which turn into their gradient in
             place, and the teacher's of half a chunk. Under 256 rows a CPU's matmuls lose much of their speed.
@@ -59,9 +64,12 @@ def head_divergence(
 
     Raises:
         ValueError: as `divergence` and `sparse_divergence_and_grad`; rows and weights that differ in number;
-            chunk below 1.
+            chunk below 1; a function with ``top_k`` or with a teacher that is known at some ids only.
     """
-    check_options(kind=kind, beta=beta, temperature=temperature, top_k=top_k, support=support)
+    if callable(kind) and (top_k is not None or not callable(teacher_logits)):
+        raise ValueError("a divergence of your own compares whole distributions: pass a teacher's logits, and no top_k")
+    named = KINDS[0] if callable(kind) else kind
+    check_options(kind=named, beta=beta, temperature=temperature, top_k=top_k, support=support)
     rows = hidden_RH.shape[0]
     if hidden_RH.dim() != 2 or weights_R.shape != (rows,):
         raise ValueError(
@@ -75,7 +83,9 @@ def head_divergence(
             f"{rows} rows of hidden states but teacher ids for {teacher_logits[0].shape[0]}: pass one per row"
         )
     options: dict[str, Any] = {"kind": kind, "beta": beta, "temperature": float(temperature)}
-    if callable(teacher_logits):
+    if callable(kind):
+        options = {"function": kind, "temperature": float(temperature)}
+    elif callable(teacher_logits):
         options |= {"top_k": top_k, "support": support}
     loss, value_R, *diagnostics = _HeadDivergence.apply(
         hidden_RH, head.weight_VH, head, teacher_logits, weights_R.detach(), options, chunk, torch.is_grad_enabled()
@@ -143,6 +153,9 @@ def _chunk(
     logits_CV = head.logits(hidden_CH)
     # The gradient's two matmuls are best at many rows; the teacher's one suffers less from few, and saves memory so.
     half = max(1, -(-hidden_CH.shape[0] // 2))
+    compare: Callable[..., ChunkDivergence] = divergence_and_grad
+    if "function" in options:
+        compare = partial(custom_divergence_and_grad, real_columns=head.real_columns(logits_CV.shape[1]))
     pieces = []
     for start in range(0, max(1, hidden_CH.shape[0]), half):
         student_CV = logits_CV[start : start + half]
@@ -151,7 +164,7 @@ def _chunk(
         here = slice(rows.start + start, rows.start + start + student_CV.shape[0])
         if callable(teacher):
             index_C = torch.arange(here.start, here.stop, device=hidden_CH.device)
-            piece = divergence_and_grad(student_CV, teacher(index_C), **shared)
+            piece = compare(student_CV, teacher(index_C), **shared)
         else:
             piece = sparse_divergence_and_grad(student_CV, teacher[0][here], teacher[1][here], **shared)
         if need_grad and piece.gradient().data_ptr() != student_CV.data_ptr():

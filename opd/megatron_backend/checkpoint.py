@@ -107,10 +107,14 @@ def load(
             optimizer.reload_model_params()
     except (CheckpointingException, CheckpointException, KeyError, pickle.UnpicklingError) as error:
         what = "this model" if optimizer is None else "this model and optimizer"
-        raise CheckpointError(f"checkpoint `{path}` does not fit {what}: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"checkpoint `{path}` does not fit {what}, or is not whole: {_first_line(error).rstrip('.')}. Give the "
+            "model flags that it was saved with, or another checkpoint: latest_checkpointed_iteration.txt has the "
+            "number of the one to load."
+        ) from error
     if scheduler is not None:
         if "opt_param_scheduler" not in common:
-            raise CheckpointError(f"checkpoint `{path}` holds no scheduler state: load it as weights (--finetune)")
+            raise CheckpointError(f"checkpoint `{path}` holds no scheduler state. Load its weights alone: --finetune.")
         scheduler.load_state_dict(common["opt_param_scheduler"])
     if with_rng:
         restore_rng(path)

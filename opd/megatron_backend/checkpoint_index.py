@@ -22,7 +22,9 @@ def check_index(path: Path) -> None:
         with (path / ".metadata").open("rb") as file:
             _MetadataUnpickler(file).load()
     except FileNotFoundError as error:
-        raise CheckpointError(f"`{path}` is no torch_dist checkpoint: it has no .metadata") from error
+        raise CheckpointError(
+            f"`{path}` is no whole torch_dist checkpoint: it has no .metadata. Copy it again, or give another one."
+        ) from error
     except (pickle.UnpicklingError, EOFError, AttributeError) as error:
         raise CheckpointError(f"`{path}/.metadata` is damaged or not to be trusted: {error}") from error
 

@@ -51,7 +51,10 @@ def latest_iteration(directory: str | Path) -> Iteration | None:
     if text == "release":
         return "release"
     if not text.isdigit():
-        raise CheckpointError(f"`{tracker}` holds `{text}`: expected an iteration number or `release`")
+        raise CheckpointError(
+            f"`{tracker}` holds `{text}`: expected an iteration number or `release`. Write the number of an "
+            "iter_NNNNNNN folder beside it."
+        )
     return int(text)
 
 
@@ -71,7 +74,7 @@ def resolve(directory: str | Path, step: Iteration | None = None) -> Path:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"checkpoint folder `{directory}` does not exist")
+        raise CheckpointError(f"checkpoint folder `{directory}` does not exist. Check the path.")
     if step is None and (directory / "metadata.json").is_file() and (directory / "common.pt").is_file():
         return directory
     iteration = latest_iteration(directory) if step is None else step
@@ -85,7 +88,10 @@ def resolve(directory: str | Path, step: Iteration | None = None) -> Path:
         if candidate.is_dir():
             return candidate
     there = ", ".join(str(i) for i in iterations(directory)) or "none"
-    raise CheckpointError(f"`{directory}` holds no checkpoint of step {iteration} (steps there: {there})")
+    raise CheckpointError(
+        f"`{directory}` holds no checkpoint of step {iteration} (steps there: {there}). Choose one of these "
+        f"({TRACKER} has the number of the latest), or give another folder."
+    )
 
 
 def write_hf_files(source: str | Path, directory: str | Path) -> Path:

@@ -58,7 +58,7 @@ class MegatronCritic:
 
         plan = split(batch, self._limit)
         results = run(self._trainable.model, batch, plan, values, forward_only=True)
-        (values_T,) = gather_tokens(batch, plan, [r["values"] for r in results], rows=1)
+        (values_T,) = gather_tokens(batch.response_lengths, plan, [r["values"] for r in results], rows=1)
         return batch.with_(values_T=values_T)
 
     def start_update(self, batch: TokenBatch) -> Callable[[], dict[str, float]]:

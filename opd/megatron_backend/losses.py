@@ -22,6 +22,7 @@ from opd.megatron_backend.pipeline import LossFn, MicroBatch, over_context_ranks
 from opd.megatron_backend.teacher_pass import TeacherPass
 from opd.ratio_gate import gate_mask
 from opd.types import TokenBatch
+from opd.user_functions import custom_divergence
 
 Sums = dict[str, torch.Tensor]
 
@@ -154,7 +155,7 @@ class DistillationTerm:
         self._teachers = teachers
         self._coefs = torch.tensor([spec.kl_coef for spec in teacher_specs(config)])
         self._settings = {
-            "kind": flags.distillation_type,
+            "kind": custom_divergence(config) or flags.distillation_type,
             "beta": flags.distillation_beta,
             "temperature": flags.distillation_temperature,
             "top_k": flags.distillation_top_k,
@@ -182,7 +183,8 @@ class DistillationTerm:
             "top1_agreement": diagnostics["top1_agree"],
             "tail_mass": diagnostics["tail_mass"],
         }
-        sums = {name: (values_R * mask_R).sum() for name, values_R in named.items()}
+        counts_R = mask_R != 0  # elsewhere the teacher may have given NaN
+        sums = {name: torch.where(counts_R, values_R, 0.0).sum() for name, values_R in named.items()}
         return loss, {"distillation_loss": loss.detach(), **sums}
 
 

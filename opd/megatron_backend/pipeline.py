@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import (
 
 from opd.config.schema import ParallelFlags
 from opd.data.batching import MicroBatchLimit, micro_batches
-from opd.maths.head import OutputHead, token_scores
+from opd.maths.head import OutputHead
 from opd.megatron_backend.hf_bridge import ModelParts, model_parts, output_head
 from opd.megatron_backend.packing import PackedMicroBatch, pack
 from opd.types import TokenBatch
@@ -139,57 +139,6 @@ def run(
         inner.applies_head = applied_head
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResponseScores:
-    """Of all response tokens of a batch, float32 on the CPU.
-
-    Attributes:
-        logprobs: nats, one [T] for each temperature; on every rank.
-        entropy_T: nats, at the first temperature; on every rank.
-        hidden_TH: what the output layer read, in the model's type; on the last pipeline stage, if asked for.
-    """
-
-    logprobs: list[torch.Tensor]
-    entropy_T: torch.Tensor
-    hidden_TH: torch.Tensor | None = None
-
-
-def response_scores(
-    model: torch.nn.Module,
-    batch: TokenBatch,
-    *,
-    limit: MicroBatchLimit,
-    chunk: int,
-    temperatures: list[float],
-    keep_hidden: bool = False,
-) -> ResponseScores:
-    """Log-probs at each temperature and entropies of all response tokens of ``batch``, without gradients.
-
-    Args:
-        limit: of a micro-batch.
-        chunk: response tokens whose logits exist at the same time.
-    """
-
-    def score(micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        hidden_RH, head = micro.hidden_RH(), micro.head()
-        scores = token_scores(
-            hidden_RH, head, micro.packed.target_ids_R, temperatures=temperatures, with_entropy=True, chunk=chunk
-        )
-        outputs = {"scores": whole_tokens(micro, torch.stack(scores).float())}
-        if keep_hidden:
-            outputs["hidden"] = whole_tokens(micro, hidden_RH.t().to(head.weight_VH.dtype)).cpu()
-        return hidden_RH.new_zeros(()), outputs
-
-    plan = split(batch, limit)
-    results = run(model, batch, plan, score, forward_only=True)
-    scores = gather_tokens(batch, plan, [r["scores"] for r in results], rows=len(temperatures) + 1)
-    *logprobs, entropy_T = scores
-    hidden_TH = None
-    if keep_hidden and mpu.is_pipeline_last_stage():
-        hidden_TH = _in_batch_order(batch, plan, [r["hidden"] for r in results]).t().contiguous()
-    return ResponseScores(logprobs=logprobs, entropy_T=entropy_T, hidden_TH=hidden_TH)
-
-
 def whole_tokens(micro: MicroBatch, values_KR: torch.Tensor) -> torch.Tensor:
     """[K, response tokens of the micro-batch] from the values at this rank's positions, over context-parallel ranks."""
     whole = values_KR.new_zeros(values_KR.shape[0], micro.packed.response_tokens)
@@ -198,18 +147,28 @@ def whole_tokens(micro: MicroBatch, values_KR: torch.Tensor) -> torch.Tensor:
 
 
 def gather_tokens(
-    batch: TokenBatch, plan: list[list[int]], pieces_KT: list[torch.Tensor], *, rows: int
+    lengths: list[int],
+    plan: list[list[int]],
+    pieces_KT: list[torch.Tensor],
+    *,
+    rows: int,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """[rows, T] in the batch's order, on the CPU, on every pipeline stage; the last one gives the pieces."""
+    """[rows, T] in the batch's order, on the CPU, on every pipeline stage; the last one gives the pieces.
+
+    Args:
+        lengths: tokens of each sample in its piece.
+    """
     if mpu.is_pipeline_last_stage():
-        whole = _in_batch_order(batch, plan, pieces_KT)
+        whole = in_batch_order(lengths, plan, pieces_KT)
     else:
-        whole = torch.zeros(rows, sum(batch.response_lengths), device=current_device())
+        whole = torch.zeros(rows, sum(lengths), dtype=dtype, device=current_device())
     return from_last_stage(whole).cpu()
 
 
-def _in_batch_order(batch: TokenBatch, plan: list[list[int]], pieces_KT: list[torch.Tensor]) -> torch.Tensor:
-    offsets = torch.tensor([0, *batch.response_lengths]).cumsum(0).tolist()
+def in_batch_order(lengths: list[int], plan: list[list[int]], pieces_KT: list[torch.Tensor]) -> torch.Tensor:
+    """The pieces of the micro-batches side by side."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
     whole = pieces_KT[0].new_zeros(pieces_KT[0].shape[0], offsets[-1])
     for indices, piece in zip(plan, pieces_KT, strict=True):
         whole[:, torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])] = piece

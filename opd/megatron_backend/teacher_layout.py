@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,8 @@ from opd.data.batching import MicroBatchLimit, balanced_partition
 from opd.maths.head import OutputHead
 from opd.megatron_backend.groups import Layout
 from opd.megatron_backend.hf_bridge import model_parts, output_head
-from opd.megatron_backend.pipeline import ResponseScores, current_device, response_scores
+from opd.megatron_backend.pipeline import current_device
+from opd.megatron_backend.response_scores import ResponseScores, response_scores, saved_lengths
 from opd.teachers.coloaded_teacher import ColoadedTeacher
 from opd.types import TokenBatch
 
@@ -67,33 +68,45 @@ class RelaidTeacher:
         return replace(self._head, weight_VH=self._head.weight_VH.to(current_device()))
 
     def response_scores(
-        self, batch: TokenBatch, *, chunk: int, temperatures: list[float], keep_hidden: bool
+        self, batch: TokenBatch, *, chunk: int, temperatures: list[float], keep_hidden: bool, likely: int = 0
     ) -> ResponseScores:
-        """As ``pipeline.response_scores``, of the student's share ``batch`` of this rank."""
+        """As ``response_scores.response_scores``, of the student's share ``batch`` of this rank."""
         whole, mine = _all_samples(batch)
         with self._layout.in_use():
             shares = balanced_partition(
-                [len(tokens) for tokens, _ in whole],
+                [len(sample.tokens) for sample in whole],
                 mpu.get_data_parallel_world_size(),
                 list(range(len(whole))),
             )
             share = sorted(shares[mpu.get_data_parallel_rank()])
             # A rank without a sample goes along with one that it drops.
-            part = _reading_batch([whole[i] for i in share or [0]])
+            part = _reading_batch(whole, share or [0])
             with self._teacher.on_device() as model:
                 scores = response_scores(
-                    model, part, limit=self._limit, chunk=chunk, temperatures=temperatures, keep_hidden=keep_hidden
+                    model,
+                    part,
+                    limit=self._limit,
+                    chunk=chunk,
+                    temperatures=temperatures,
+                    keep_hidden=keep_hidden,
+                    likely=likely,
                 )
-            values = _from_all_shares(share, torch.stack([*scores.logprobs, scores.entropy_T]), part)
+            pieces = torch.stack([*scores.logprobs, scores.entropy_T]).split(part.response_lengths, dim=1)
+            values = _from_all_shares(dict(zip(share, pieces, strict=True)) if share else {})
+            found = _from_all_shares(scores.likely if share else {}) if likely else {}
         *logprobs, entropy_T = torch.cat([values[i] for i in mine], dim=1)
-        hidden_TH = self._hidden_of(mine, shares, whole, scores.hidden_TH) if keep_hidden else None
-        return ResponseScores(logprobs=logprobs, entropy_T=entropy_T, hidden_TH=hidden_TH)
+        return ResponseScores(
+            logprobs=logprobs,
+            entropy_T=entropy_T,
+            hidden_TH=self._hidden_of(mine, shares, whole, scores.hidden_TH) if keep_hidden else None,
+            likely={n: found[i] for n, i in zip(batch.sample_N.tolist(), mine, strict=True) if i in found},
+        )
 
     def _hidden_of(
         self,
         mine: list[int],
         shares: list[list[int]],
-        whole: list[tuple[torch.Tensor, int]],
+        whole: list[_Sample],
         scored_TH: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """[T, H] of this rank's samples, on the student's last stage; every share is sent to all ranks in turn."""
@@ -103,7 +116,7 @@ class RelaidTeacher:
         found: dict[int, torch.Tensor] = {}
         for number, share in enumerate(shares):
             order = sorted(share)
-            lengths = [whole[i][1] for i in order]
+            lengths = [whole[i].response_length for i in order]
             if not order:
                 continue
             source = self._sources[number]
@@ -139,39 +152,47 @@ class RelaidTeacher:
         return OutputHead(weight_VH=own_VH, vocab_size=vocab_size, group=group if group.size() > 1 else None)
 
 
-def _all_samples(batch: TokenBatch) -> tuple[list[tuple[torch.Tensor, int]], list[int]]:
-    """(ids that the teacher reads, response length) of the samples of all data-parallel shares, and which of them are
-    this rank's."""
+class _Sample(NamedTuple):
+    """What a scoring pass reads of one."""
+
+    tokens: torch.Tensor  # that the teacher reads
+    response_length: int
+    saved: bool
+
+
+def _all_samples(batch: TokenBatch) -> tuple[list[_Sample], list[int]]:
+    """The samples of all data-parallel shares, and which of them are this rank's."""
     group = mpu.get_data_parallel_group()
-    own = list(zip(batch.tokens, batch.response_lengths, strict=True))
+    saved = [length > 0 for length in saved_lengths(batch)]
+    own = [_Sample(*row) for row in zip(batch.tokens, batch.response_lengths, saved, strict=True)]
     boxes: list[Any] = [None] * group.size()
     dist.all_gather_object(boxes, own, group=group)
     before = sum(len(box) for box in boxes[: group.rank()])
     return [sample for box in boxes for sample in box], list(range(before, before + len(own)))
 
 
-def _reading_batch(samples: list[tuple[torch.Tensor, int]]) -> TokenBatch:
-    """What a scoring pass reads: ids and response lengths; the rest is 0."""
-    lengths = [length for _, length in samples]
-    zeros_T, zeros_N = torch.zeros(sum(lengths)), torch.zeros(len(samples), dtype=torch.long)
+def _reading_batch(whole: list[_Sample], share: list[int]) -> TokenBatch:
+    """The samples of a share, by their number in ``whole``; what no scoring pass reads is 0."""
+    lengths = [whole[i].response_length for i in share]
+    zeros_T, zeros_N = torch.zeros(sum(lengths)), torch.zeros(len(share), dtype=torch.long)
     return TokenBatch(
-        tokens=[tokens for tokens, _ in samples],
+        tokens=[whole[i].tokens for i in share],
         response_lengths=lengths,
         loss_mask_T=zeros_T,
         rollout_logprobs_T=zeros_T,
         outcome_advantages_N=zeros_N.float(),
         teacher_logprobs_T=zeros_T,
         teacher_scored_N=zeros_N.bool(),
-        sample_N=zeros_N,
+        sample_N=torch.tensor(share),
         optimizer_step_N=zeros_N,
         teacher_N=zeros_N,
         off_policy_N=zeros_N.bool(),
+        saved_N=torch.tensor([whole[i].saved for i in share]),
     )
 
 
-def _from_all_shares(share: list[int], values_KT: torch.Tensor, part: TokenBatch) -> dict[int, torch.Tensor]:
-    """[K, its tokens] of every sample, from the data-parallel ranks in use."""
-    own = dict(zip(share, values_KT.split(part.response_lengths, dim=1), strict=True)) if share else {}
+def _from_all_shares(own: dict[int, Any]) -> dict[int, Any]:
+    """Of every sample, from the data-parallel ranks in use."""
     boxes: list[Any] = [None] * mpu.get_data_parallel_world_size()
     dist.all_gather_object(boxes, own, group=mpu.get_data_parallel_group())
     return {sample: values for box in boxes for sample, values in box.items()}

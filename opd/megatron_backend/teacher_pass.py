@@ -6,6 +6,7 @@ output heads are applied to a chunk of tokens when the loss needs it: ``T x voca
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,17 +20,20 @@ from opd.config.schema import Config
 from opd.config.teachers import TeacherSpec, teachers
 from opd.maths.entropy import log_softmax, token_entropy
 from opd.maths.head import OutputHead
+from opd.maths.likely import likely_of_logits
 from opd.maths.logprobs import token_logprobs
-from opd.megatron_backend.pipeline import (
-    MicroBatch,
+from opd.megatron_backend.pipeline import MicroBatch, current_device, from_last_stage, micro_batch_limit
+from opd.megatron_backend.response_scores import (
     ResponseScores,
-    current_device,
-    from_last_stage,
-    micro_batch_limit,
+    likely_by_sample,
+    likely_rows,
     response_scores,
+    saved_mask,
 )
 from opd.megatron_backend.teacher_layout import RelaidTeacher
-from opd.types import TokenBatch
+from opd.types import TokenBatch, TopLogprobs
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher(Protocol):
@@ -51,6 +55,7 @@ class TeacherPass:
         self._mixing = len(specs) > 1 and config.opd.opd_teacher_combine != "route"
         self._mixes_probs = config.opd.opd_teacher_combine == "probs"
         self._keeps_hidden = self.asks_for_heads(config)
+        self._likely = config.saved_alternatives
         self._temperature = config.kl_temperature
         self._limit = micro_batch_limit(config.parallel, context_parallel_size=config.parallel.context_parallel_size)
         self._chunk = config.parallel.logits_chunk_tokens
@@ -66,12 +71,13 @@ class TeacherPass:
         return mixing or config.distillation.distillation_type is not None
 
     def score(self, batch: TokenBatch) -> TokenBatch:
-        """Fills ``teacher_logprobs_T``, ``teacher_entropy_T``, ``teacher_scored_N``, and ``mixed_logprobs_TK`` where
-        teachers are mixed; no gradients."""
+        """Fills ``teacher_logprobs_T``, ``teacher_entropy_T``, ``teacher_scored_N``, ``teacher_likely``, and
+        ``mixed_logprobs_TK`` where teachers are mixed; no gradients. What is not scored is 0."""
         self.forget()
         lengths = batch.response_lengths
         logprobs, entropies = torch.zeros(sum(lengths)), torch.zeros(sum(lengths))
         each: list[torch.Tensor] = []
+        likely: dict[int, TopLogprobs] = {}
         for number, teacher in enumerate(self._teachers):
             mine = [i for i, k in enumerate(batch.teacher_N.tolist()) if self._mixing or k == number]
             if not self._any_rank_has(mine):
@@ -85,16 +91,22 @@ class TeacherPass:
             index_T = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in mine])
             logprobs[index_T], entropies[index_T] = scores.logprobs[0], scores.entropy_T
             each.append(scores.logprobs[0])
+            likely |= scores.likely
             if scores.hidden_TH is not None:
                 pieces = scores.hidden_TH.split(part.response_lengths)
                 self._hidden[number] = dict(zip(part.sample_N.tolist(), pieces, strict=True))
         if self._mixing:
             logprobs, entropies = self._score_mixture(batch)
+            likely = self._likely_of_mixture(batch)
+        columns_TK = torch.stack([logprobs, entropies, *(each if self._mixing else [])], dim=1)
+        scored_N = _all_finite(batch, columns_TK)
+        columns_TK = columns_TK.masked_fill(~batch.per_token(scored_N)[:, None], 0.0)
         return batch.with_(
-            teacher_logprobs_T=logprobs,
-            teacher_entropy_T=entropies,
-            teacher_scored_N=torch.ones(len(batch), dtype=torch.bool),
-            mixed_logprobs_TK=torch.stack(each, dim=1) if self._mixing else None,
+            teacher_logprobs_T=columns_TK[:, 0],
+            teacher_entropy_T=columns_TK[:, 1],
+            teacher_scored_N=scored_N,
+            mixed_logprobs_TK=columns_TK[:, 2:] if self._mixing else None,
+            teacher_likely=likely,
         )
 
     def logits_of(self, micro: MicroBatch, *, temperature: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -109,6 +121,7 @@ class TeacherPass:
 
     def _scores_of(self, teacher: Teacher | RelaidTeacher, batch: TokenBatch) -> ResponseScores:
         options = {"chunk": self._chunk, "temperatures": [self._temperature], "keep_hidden": self._keeps_hidden}
+        options["likely"] = 0 if self._mixing else self._likely
         if isinstance(teacher, RelaidTeacher):
             return teacher.response_scores(batch, **options)
         with teacher.on_device() as model:
@@ -173,6 +186,22 @@ class TeacherPass:
         logprobs_T, entropy_T = from_last_stage(result_2T).cpu()
         return logprobs_T, entropy_T
 
+    def _likely_of_mixture(self, batch: TokenBatch) -> dict[int, TopLogprobs]:
+        """The likeliest tokens of the saved samples, of the distribution that the teachers make together."""
+        saved_S = saved_mask(batch).nonzero()[:, 0]
+        if self._likely == 0 or not len(saved_S):
+            return {}
+        device = current_device()
+        rows_KS = torch.zeros(2 * self._likely, len(saved_S), dtype=torch.float64, device=device)
+        if mpu.is_pipeline_last_stage():
+            logits_of = self._logits(batch, torch.arange(sum(batch.response_lengths), device=device), self._temperature)
+            group = mpu.get_tensor_model_parallel_group()
+            options = {"temperature": self._temperature, "group": group if group.size() > 1 else None}
+            pieces = saved_S.to(device).split(self._chunk)
+            found = [likely_of_logits(logits_of(index_C), count=self._likely, **options) for index_C in pieces]
+            rows_KS = torch.cat([likely_rows(*piece) for piece in found], dim=1)
+        return likely_by_sample(batch, from_last_stage(rows_KS))
+
     @staticmethod
     def _any_rank_has(samples: list[int]) -> bool:
         group = mpu.get_data_parallel_group()
@@ -180,6 +209,16 @@ class TeacherPass:
         if group.size() > 1:
             dist.all_reduce(count, group=group)
         return int(count) > 0
+
+
+def _all_finite(batch: TokenBatch, columns_TK: torch.Tensor) -> torch.Tensor:
+    """[N] False: a model that gave NaN or infinity at one of the sample's tokens has not scored it. It is left out and
+    counted, as one that a server could not score."""
+    finite_N = torch.stack([rows_LK.isfinite().all() for rows_LK in columns_TK.split(batch.response_lengths)])
+    if not finite_N.all():
+        counts = int((~finite_N).sum()), len(batch)
+        logger.warning("a co-loaded teacher's log-probs are NaN or infinite in %d of %d samples of this rank", *counts)
+    return finite_N
 
 
 Parts = Iterator[tuple[float, torch.Tensor]]  # (weight, logits [C, V])

@@ -12,7 +12,7 @@ from megatron.core import parallel_state as mpu
 
 from opd.config.file_rules import critic_folder
 from opd.config.schema import Config
-from opd.data.batching import data_parallel_share
+from opd.data.batching import rank_share
 from opd.megatron_backend import checkpoint, groups
 from opd.megatron_backend.checkpoint_retention import Retention, prune
 from opd.megatron_backend.hf_bridge import bridged_model, export_hf_weights
@@ -21,10 +21,11 @@ from opd.megatron_backend.lora import merged_view
 from opd.megatron_backend.losses import loss_terms
 from opd.megatron_backend.optimizer import TrainableModel
 from opd.megatron_backend.peft_export import save_peft_adapter
-from opd.megatron_backend.pipeline import ResponseScores, micro_batch_limit, response_scores
+from opd.megatron_backend.pipeline import micro_batch_limit
+from opd.megatron_backend.response_scores import ResponseScores, response_scores
 from opd.megatron_backend.save_line import SaveLine
 from opd.megatron_backend.teacher_pass import TeacherPass
-from opd.megatron_backend.update import mean_of, on_any_rank, optimizer_steps, sum_over_ranks
+from opd.megatron_backend.update import from_all_shares, mean_of, on_any_rank, optimizer_steps, sum_over_ranks
 from opd.teachers.coloaded_teacher import ColoadedTeacher, MovingAverageTeacher
 from opd.types import TokenBatch
 
@@ -68,8 +69,7 @@ class MegatronTrainer:
             batch = box[0]
         if batch is None:
             raise ValueError("rank 0 has to give the batch")
-        mine = data_parallel_share(batch, rank=mpu.get_data_parallel_rank(), size=mpu.get_data_parallel_world_size())
-        return batch.select(mine)
+        return rank_share(batch, rank=mpu.get_data_parallel_rank(), size=mpu.get_data_parallel_world_size())
 
     def forward_logprobs(self, batch: TokenBatch, model: str) -> TokenBatch:
         """See ``Trainer.forward_logprobs``.
@@ -80,11 +80,13 @@ class MegatronTrainer:
         policy, kl = self._config.rollout.rollout_temperature, self._config.kl_temperature
         if model == "student":
             temperatures = [policy] if policy == kl else [policy, kl]
-            scores = self._response_scores(self._student.model, batch, temperatures)
+            saved = self._config.saved_alternatives
+            scores = self._response_scores(self._student.model, batch, temperatures, likely=saved)
             return batch.with_(
                 student_logprobs_T=scores.logprobs[0],
                 student_kl_logprobs_T=scores.logprobs[-1],
                 student_entropy_T=scores.entropy_T,
+                student_likely=scores.likely,
             )
         if model == "teacher" and self._teachers is not None:
             return self._teachers.score(batch)
@@ -112,6 +114,10 @@ class MegatronTrainer:
         if self._teachers is not None:
             self._teachers.forget()
         return {"policy_loss": 0.0, **mean_of(metrics)}  # distillation alone has no policy term
+
+    def from_all_shares(self, values: dict[int, Any]) -> dict[int, Any]:
+        """See ``Trainer.from_all_shares``."""
+        return from_all_shares(values)
 
     def sum_over_ranks(self, sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
         """Adds up, or takes the largest of, per-share numbers over the data-parallel ranks."""
@@ -199,9 +205,11 @@ class MegatronTrainer:
         self.saves.close()
         groups.shutdown()
 
-    def _response_scores(self, model: torch.nn.Module, batch: TokenBatch, temperatures: list[float]) -> ResponseScores:
+    def _response_scores(
+        self, model: torch.nn.Module, batch: TokenBatch, temperatures: list[float], *, likely: int = 0
+    ) -> ResponseScores:
         chunk = self._config.parallel.logits_chunk_tokens
-        return response_scores(model, batch, limit=self._limit, chunk=chunk, temperatures=temperatures)
+        return response_scores(model, batch, limit=self._limit, chunk=chunk, temperatures=temperatures, likely=likely)
 
     def _follow(self) -> None:
         self._moving_average.follow(merged_view(bridged_model(self._student.model)))

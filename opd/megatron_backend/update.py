@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,8 @@ from opd.megatron_backend.optimizer import TrainableModel
 from opd.megatron_backend.pipeline import current_device, from_last_stage, run, split
 from opd.types import TokenBatch
 
+logger = logging.getLogger(__name__)
+
 
 def optimizer_steps(
     trainable: TrainableModel,
@@ -28,7 +33,8 @@ def optimizer_steps(
     per_token: bool,
     after_each: Callable[[], None] | None = None,
 ) -> list[dict[str, float]]:
-    """One step for each ``optimizer_step_N``, in order, and ``after_each`` after it; the metrics of each.
+    """One step for each ``optimizer_step_N``, in order, and ``after_each`` after it; the metrics of each. There is none
+    for a number that no sample has left (``rank_share`` gives every rank a sample of the others).
 
     Raises:
         UpdateError: NaN or infinite gradients; the weights are as before that step.
@@ -36,7 +42,11 @@ def optimizer_steps(
     steps_N = batch.optimizer_step_N.tolist()
     metrics = []
     for number_of_step in range(number):
-        share = batch.select([i for i, step in enumerate(steps_N) if step == number_of_step])
+        members = [i for i, step in enumerate(steps_N) if step == number_of_step]
+        if not members:
+            logger.warning("optimizer step %d of %d is left out: its answers were aborted", number_of_step + 1, number)
+            continue
+        share = batch.select(members)
         metrics.append(_optimizer_step(trainable, terms, share, limit=limit, per_token=per_token))
         if after_each is not None:
             trainable.gather_parameters()
@@ -61,6 +71,17 @@ def sum_over_ranks(sums: dict[str, float], maxima: dict[str, float]) -> dict[str
     return merged
 
 
+def from_all_shares(values: dict[int, Any]) -> dict[int, Any]:
+    """On rank 0 the entries of all data-parallel shares; elsewhere only this rank's. The other groups of data-parallel
+    ranks hold the same shares as rank 0's."""
+    group = mpu.get_data_parallel_group()
+    if group.size() == 1 or 0 not in dist.get_process_group_ranks(group):
+        return values
+    shares: list[Any] | None = [None] * group.size() if dist.get_rank() == 0 else None
+    dist.gather_object(values, shares, dst=0, group=group)
+    return values if shares is None else {key: value for share in shares for key, value in share.items()}
+
+
 def on_any_rank(yes: bool) -> bool:
     """Over data-, tensor-, pipeline- and context-parallel ranks alike."""
     if dist.get_world_size() == 1:
@@ -79,12 +100,8 @@ def _optimizer_step(
     share_out_balancing(trainable.model, 1 / (len(plan) * mpu.get_data_parallel_world_size()))
     outputs = run(trainable.model, batch, plan, weighted_sum(terms), forward_only=False)
     learning_rate = trainable.optimizer.param_groups[0]["lr"]
-    successful, grad_norm, _ = trainable.optimizer.step()
-    if not successful:
-        raise UpdateError(
-            "the gradients hold NaN or infinity, so the weights were not updated. Lower --lr, or look at the last"
-            " rollout's rewards and log-probs in OUTPUT_DIR/samples"
-        )
+    _check_gradients(trainable)
+    _, grad_norm, _ = trainable.optimizer.step()
     trainable.scheduler.step(increment=1)
     sums = _global_sums(outputs, [name for term in terms for name in term.metrics])
     metrics = {
@@ -93,6 +110,20 @@ def _optimizer_step(
         for name in term.metrics
     }
     return {**metrics, "grad_norm": float(grad_norm), "lr": float(learning_rate)}
+
+
+def _check_gradients(trainable: TrainableModel) -> None:
+    """megatron-core looks for NaN only where it scales a loss for fp16: it would step, and leave NaN for weights.
+
+    Raises:
+        UpdateError: on all ranks, as the norm is of all gradients.
+    """
+    trainable.optimizer.prepare_grads()
+    if not math.isfinite(trainable.optimizer.get_grad_norm()):
+        raise UpdateError(
+            "the gradients hold NaN or infinity, so the weights were not updated. Lower --lr, or look at the last"
+            " rollout's rewards and log-probs in OUTPUT_DIR/samples"
+        )
 
 
 def _weigh(batch: TokenBatch, terms: list[LossTerm], *, per_token: bool) -> tuple[TokenBatch, dict[str, float]]:

@@ -61,6 +61,12 @@ def _check(args: Any, rollout_data: dict[str, Any]) -> None:
             f"`--advantage-estimator={args.advantage_estimator}` is not served by opd.plugins.slime.compute_advantages"
             f". Give one of {', '.join(_SERVED)}."
         )
+    temperature = getattr(args, "rollout_temperature", 1.0)
+    if temperature != 1:
+        raise UserError(
+            f"`--rollout-temperature={temperature}`: slime's log-probs of the student are at that temperature, the "
+            "teacher server's at 1 whatever it is asked, so the KL between a model and itself would not be 0. Give 1."
+        )
     if getattr(args, "context_parallel_size", 1) != 1:
         raise UserError(
             f"`--context-parallel-size={args.context_parallel_size}`: opd.plugins.slime.compute_advantages needs whole "

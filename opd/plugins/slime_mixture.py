@@ -87,7 +87,7 @@ class MixtureSettings:
 
 def write_rollout(args: Any, rollout_id: int, data_source: Any) -> Any:
     """See ``opd.plugins.slime.generate_rollout``."""
-    tokenizer = _tokenizer(args.hf_checkpoint)
+    tokenizer = tokenizer_of(args)
     settings = MixtureSettings.of(args, tokenizer)
     mixture = replace(settings.mixture, scale=settings.schedule.at(rollout_id))
     engine = SGLangMixture(
@@ -159,9 +159,12 @@ def _check(args: Any) -> None:
         )
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(folder: str) -> Any:
-    return load_tokenizer(folder, trust_remote_code=True)
+def tokenizer_of(args: Any) -> Any:
+    """The student's; code from its folder runs with Megatron's ``--trust-remote-code`` alone."""
+    return _tokenizer(args.hf_checkpoint, bool(getattr(args, "trust_remote_code", False)))
+
+
+_tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 
 
 def _positions(folder: Path) -> int:

@@ -87,13 +87,14 @@ class Reporter:
             self._best_effort(name, lambda sink=sink: sink.log(step, row))
         self.console.step_line(row)
 
-    def samples(self, step: int, samples: Sequence[Sample], **per_token: Any) -> None:
-        """Saves a few samples of the rollout; ``per_token`` as in ``write_samples``."""
+    def samples(
+        self, step: int, samples: Sequence[Sample], values: Mapping[int, Mapping[str, Any]], **facts: Any
+    ) -> None:
+        """Saves the samples that ``values`` knows; all arguments as in ``write_samples``."""
         folder = self._folder
         if folder:
-            limit = self._output.num_saved_samples
             self._best_effort(
-                "saved samples", lambda: write_samples(folder / "samples", step, samples, limit=limit, **per_token)
+                "saved samples", lambda: write_samples(folder / "samples", step, samples, values, **facts)
             )
 
     def close(self) -> None:

@@ -4,8 +4,9 @@ One object per line: ``step``, ``evaluation``, ``index``, ``group_index``, ``pro
 ``reward``, ``status``, ``off_policy`` (the answer comes from --sft-data), ``mixed`` (a teacher had a hand in writing
 it), and lists with one entry per response token: ``token_ids``, ``token_texts``, ``rollout_log_probs`` (behaviour
 policy, at the rollout temperature), ``student_log_probs`` and ``teacher_log_probs`` (both at the KL's temperature), in
-nats, ``penalty`` (coef x reverse KL, before clip and discount), ``student_entropy`` and ``teacher_entropy`` (nats).
-A list that is not known is null.
+nats, ``penalty`` (coef x reverse KL, before clip and discount), ``student_entropy`` and ``teacher_entropy`` (nats),
+``student_top`` and ``teacher_top`` (the likeliest tokens as [text, log-prob], likeliest first, at the KL's
+temperature). A list that is not known is null.
 """
 
 from __future__ import annotations
@@ -13,81 +14,58 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.report.whole_file import write_whole
 
 if TYPE_CHECKING:
-    from opd.types import Sample
+    from opd.types import Sample, TopLogprobs
 
-PerSample = Sequence[Sequence[float] | None]  # one entry per sample: one number per response token, or not known
-
+PER_TOKEN = ("student_log_probs", "teacher_log_probs", "penalty", "student_entropy", "teacher_entropy")
+LIKELY = ("student_top", "teacher_top")
 DIGITS = 6  # decimals kept of a log-prob
+LIKELY_DIGITS = 3  # of an alternative's: there are many, and they are looked at only
 
 
 def write_samples(
     folder: str | Path,
     step: int,
     samples: Sequence[Sample],
+    values: Mapping[int, Mapping[str, Any]],
     *,
-    limit: int,
     evaluation: bool = False,
     mixed: bool = False,
-    student_log_probs: PerSample | None = None,
-    teacher_log_probs: PerSample | None = None,
-    penalties: PerSample | None = None,
-    student_entropies: PerSample | None = None,
-    teacher_entropies: PerSample | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Path | None:
-    """Writes up to ``limit`` samples, spread evenly over the rollout so that they come from different prompts; where
-    some have no student's log-probs (another rank knows them), of the others.
+    """Writes the samples at the places that ``values`` has.
 
-    ``teacher_log_probs`` may be left out when the samples carry theirs; ``decode`` is the tokenizer's.
+    Args:
+        values: place in ``samples`` -> what is known of its response tokens: one number each under the names of
+            ``PER_TOKEN``, ``TopLogprobs`` under those of ``LIKELY``.
+        decode: the tokenizer's.
 
     Returns:
         The file, complete or not there at all; ``None`` when nothing was asked for.
 
     Raises:
-        ValueError: a per-sample list with another length than ``samples``, or a per-token one than the response.
+        ValueError: values of more or fewer tokens than the response has.
         OSError: the folder cannot be written.
     """
-    known = {
-        "student_log_probs": student_log_probs,
-        "teacher_log_probs": teacher_log_probs,
-        "penalty": penalties,
-        "student_entropy": student_entropies,
-        "teacher_entropy": teacher_entropies,
-    }
-    for values in known.values():
-        if values is not None and len(values) != len(samples):
-            raise ValueError(f"per-sample values for {len(values)} samples, but there are {len(samples)}")
-    if limit <= 0 or not samples:
+    if not values:
         return None
-    lines = []
-    for i in _chosen(samples, limit, student_log_probs):
-        sample = samples[i]
-        per_token = {name: None if values is None else values[i] for name, values in known.items()}
-        if teacher_log_probs is None:
-            per_token["teacher_log_probs"] = sample.teacher_log_probs
-        # an answer from a file has no behaviour policy
-        per_token["rollout_log_probs"] = None if sample.off_policy else sample.rollout_log_probs
-        facts = {"step": step, "evaluation": evaluation, "mixed": mixed and not evaluation}
-        lines.append(json.dumps(facts | _record(sample, per_token, decode), ensure_ascii=False) + "\n")
+    text_of = cache(lambda token: decode([token])) if decode else None  # most of them come again and again
+    facts = {"step": step, "evaluation": evaluation, "mixed": mixed and not evaluation}
+    lines = [
+        json.dumps(facts | _record(samples[place], values[place], text_of), ensure_ascii=False) + "\n"
+        for place in sorted(values)
+    ]
     path = Path(folder) / f"{'eval' if evaluation else 'step'}_{step:05d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write_text("".join(lines), encoding="utf-8"))
     return path
-
-
-def _chosen(samples: Sequence[Sample], limit: int, student_log_probs: PerSample | None) -> list[int]:
-    places = list(range(len(samples)))
-    if student_log_probs is not None and any(values is not None and len(values) for values in student_log_probs):
-        places = [i for i in places if student_log_probs[i] is not None]
-    count = min(limit, len(places))
-    return [places[k * len(places) // count] for k in range(count)]
 
 
 def drop_samples_after(folder: str | Path, step: int) -> None:
@@ -98,11 +76,7 @@ def drop_samples_after(folder: str | Path, step: int) -> None:
             path.unlink()
 
 
-def _record(
-    sample: Sample,
-    per_token: dict[str, Sequence[float] | None],
-    decode: Callable[[list[int]], str] | None,
-) -> dict[str, Any]:
+def _record(sample: Sample, values: Mapping[str, Any], text_of: Callable[[int], str] | None) -> dict[str, Any]:
     ids = list(sample.response_ids)
     record: dict[str, Any] = {
         "index": sample.index,
@@ -114,13 +88,30 @@ def _record(
         "status": sample.status.value,
         "off_policy": sample.off_policy,
         "token_ids": ids,
-        "token_texts": [decode([token]) for token in ids] if decode else None,
+        "token_texts": [text_of(token) for token in ids] if text_of else None,
     }
-    for name, values in per_token.items():
-        if values is not None and len(values) != len(ids):
-            raise ValueError(f"sample {sample.index}: {len(values)} {name} for {len(ids)} response tokens")
-        record[name] = None if values is None else [_rounded(float(value)) for value in values]
+    # an answer from a file has no behaviour policy
+    known = {"rollout_log_probs": None if sample.off_policy else sample.rollout_log_probs}
+    known |= {name: values.get(name) for name in (*PER_TOKEN, *LIKELY)}
+    for name, found in known.items():
+        if found is not None and name in LIKELY:
+            found = _likely(found, text_of)
+        elif found is not None:
+            found = [_rounded(float(value)) for value in found]
+        if found is not None and len(found) != len(ids):
+            raise ValueError(f"sample {sample.index}: {len(found)} {name} for {len(ids)} response tokens")
+        record[name] = found
     return record
+
+
+def _likely(top: TopLogprobs, text_of: Callable[[int], str] | None) -> list[list[list[Any]]]:
+    """[[text, log-prob], ...] of each token."""
+    name = text_of or (lambda token: f"<{token}>")
+    rows = zip(top.ids_TK.tolist(), top.logprobs_TK.tolist(), strict=True)
+    return [
+        [[name(token), round(value, LIKELY_DIGITS)] for token, value in zip(ids, logprobs, strict=True) if token >= 0]
+        for ids, logprobs in rows
+    ]
 
 
 def _rounded(value: float) -> float | None:

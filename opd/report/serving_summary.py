@@ -1,4 +1,5 @@
-"""The closing table's part about a served teacher: what it scored, and how much trouble that was."""
+"""The closing table's part about a teacher that was asked for scores, a server or a function: what it scored, and how
+much trouble that was."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ Row = Mapping[str, Any]
 
 
 def serving_table(rows: Sequence[Row]) -> Table:
-    """Empty for a run whose teacher, if any, was not asked over HTTP."""
-    table = Table("", "", title="Teacher server", title_justify="left", show_header=False)
+    """Empty for a run whose teacher, if any, was co-loaded."""
     asked = [row for row in rows if row.get("teacher_requests") is not None]
+    kind = "server" if any(_over_http(row) for row in asked) else "function"
+    table = Table("", "", title=f"Teacher {kind}", title_justify="left", show_header=False)
     for label, text in _lines(asked) if asked else ():
         table.add_row(label, text)
     return table
@@ -34,7 +36,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, str]]:
         median = statistics.median(seconds for seconds, _ in points)
         lines.append(("answer time, p95", f"{_seconds(median)}, at worst {_seconds(worst)} (step {step})"))
     tokens = sum(_scored(row, "tokens") * _asked_share(row) for row in rows)
-    if tokens:
+    if tokens and any(_over_http(row) for row in rows):
         lines.append(("bytes per scored token", f"{_total(rows, 'teacher_bytes') / tokens:.0f}"))
     return lines
 
@@ -45,6 +47,10 @@ def _requests(rows: Sequence[Row]) -> str:
     counts = {label: _total(rows, f"teacher_{name}") for name, label in names.items()}
     trouble = ", ".join(f"{count:,.0f} {label}" for label, count in counts.items() if count)
     return f"{_total(rows, 'teacher_requests'):,.0f}: {trouble or 'no retries, none given up'}"
+
+
+def _over_http(row: Row) -> bool:
+    return row.get("teacher_bytes") is not None
 
 
 def _scored(row: Row, name: str) -> float:

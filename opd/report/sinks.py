@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opd.config.flags import ConfigError
+from opd.report.run_record import without_secrets
 
 WANDB_ID_FILE = "wandb_run_id"
 
@@ -65,7 +66,7 @@ class WandbSink:
             dir=str(output_dir),
             id=run_id,
             resume="allow",
-            config=dict(run_flags),
+            config=without_secrets(run_flags),
         )
         id_file.write_text(f"{self._run.id}\n")
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from opd.errors import TeacherError
+from opd.errors import TeacherAwayError, TeacherError
 from opd.interfaces import RewardFn
 from opd.serving.http import HttpError
 from opd.serving.http_stats import HttpStats
 from opd.teachers.score_batches import BatchLimits
 from opd.teachers.score_cache import take_cache_stats
-from opd.teachers.served_teachers import ServedTeachers
+from opd.teachers.served_teachers import ScoringTeacher, ServedTeachers
 from opd.teachers.sglang_teacher import SGLangTeacher, response_logprobs
 from opd.types import TopLogprobs
 
@@ -42,7 +42,7 @@ async def reward_func(
     sample: Any,
     *,
     task_reward: RewardFn | None = None,
-    teachers: ServedTeachers | None = None,
+    teachers: ScoringTeacher | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Scores one sample with its teacher, and by the task's own rule at the same time.
@@ -52,7 +52,7 @@ async def reward_func(
         teachers: without it the one at ``args.rm_url``.
 
     Returns:
-        ``task_reward`` (float) and what ``ask_teacher`` returns.
+        ``task_reward`` (float, or the task's own function's dict) and what ``ask_teacher`` returns.
     """
     reward, scored = await asyncio.gather(
         _task_reward(args, sample, task_reward, kwargs), ask_teacher(args, sample, teachers)
@@ -60,15 +60,15 @@ async def reward_func(
     return {"task_reward": reward, **scored}
 
 
-async def ask_teacher(args: Any, sample: Any, teachers: ServedTeachers | None = None) -> dict[str, Any]:
+async def ask_teacher(args: Any, sample: Any, teachers: ScoringTeacher | None = None) -> dict[str, Any]:
     """The teacher's part of a sample's reward.
 
     Returns:
         ``teacher_log_probs`` (of the response tokens, temperature 1, nats; None when the teacher could not score it),
-        ``teacher_error`` (the reason, or None) and, where ``teachers`` asks for likely tokens, ``teacher_top``; where
-        they read text, ``teacher_spans`` (as ``Sample.teacher_spans``); ``teacher_unavailable`` (True) when it did
-        not answer, so that asking later may help. A failed score raises nothing: the sample is trained on without the
-        teacher.
+        ``teacher_error`` (the reason, or None) and, where ``teachers`` asks for likely tokens, ``teacher_top``, of a
+        saved sample ``teacher_likely``; where they read text, ``teacher_spans`` (as ``Sample.teacher_spans``);
+        ``teacher_unavailable`` (True) when it did not answer, so that asking later may help. A failed score raises
+        nothing: the sample is trained on without the teacher.
     """
     try:
         score = await (teachers or ServedTeachers.at(args.rm_url)).score(sample, _clients_of(args))
@@ -78,6 +78,8 @@ async def ask_teacher(args: Any, sample: Any, teachers: ServedTeachers | None = 
     result: dict[str, Any] = {"teacher_log_probs": score.logprobs, "teacher_error": None}
     if score.top is not None:
         result["teacher_top"] = score.top
+    if score.likely is not None:
+        result["teacher_likely"] = score.likely
     if score.spans is not None:
         result["teacher_spans"] = score.spans
     return result
@@ -85,7 +87,7 @@ async def ask_teacher(args: Any, sample: Any, teachers: ServedTeachers | None = 
 
 def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[list[float], list[float]]:
     """Sets each sample's ``teacher_log_probs`` (float32 [response_length] or None), ``teacher_top`` where there is one,
-    and ``reward`` (task's, a float).
+    and ``reward`` (the task's: a float, or the dict that a post-processing function of the user's makes one of).
 
     A sample's reward may be ``reward_func``'s dict, the raw answer of SGLang's ``/generate`` (what slime's own
     ``reward_func`` returns; its task reward is 0), or a number, which means that the teacher was not asked.
@@ -93,13 +95,15 @@ def post_process_rewards(args: Any, samples: list[Any], **kwargs: Any) -> tuple[
     Inside slime every sample needs a tensor, so an unscored one gets zeros and ``remove_sample``, which takes it out of
     the loss.
     """
-    task_rewards: list[float] = []
+    task_rewards: list[Any] = []
     errors: Counter[str] = Counter()
     for sample in samples:
         task, log_probs, error = _split_reward(sample)
         top = _top(sample.reward)
         if top is not None and log_probs is not None:
             sample.teacher_top = top
+        if isinstance(sample.reward, dict) and log_probs is not None and "teacher_likely" in sample.reward:
+            sample.teacher_likely = sample.reward["teacher_likely"]
         if isinstance(sample.reward, dict) and log_probs is not None and "teacher_spans" in sample.reward:
             sample.teacher_spans = sample.reward["teacher_spans"]
         if log_probs is not None:
@@ -130,19 +134,25 @@ def take_teacher_stats() -> dict[str, float]:
     return numbers | take_cache_stats()
 
 
-async def _task_reward(args: Any, sample: Any, task_reward: RewardFn | None, kwargs: dict[str, Any]) -> float:
+async def _task_reward(
+    args: Any, sample: Any, task_reward: RewardFn | None, kwargs: dict[str, Any]
+) -> float | dict[str, Any]:
+    """A dict is left to a post-processing function of the user's."""
     if task_reward is None:
         if not getattr(args, "rm_type", None):
             return 0.0
         from opd.rewards.rules import rule_reward
 
         task_reward = rule_reward
-    return float(await task_reward(args, sample, **kwargs))
+    reward = await task_reward(args, sample, **kwargs)
+    return reward if isinstance(reward, dict) else float(reward)
 
 
 def _may_pass(error: BaseException | None) -> bool:
     """Whether a request failed in a way that the same request later may not."""
     while error is not None:
+        if isinstance(error, TeacherAwayError):
+            return True
         if isinstance(error, HttpError):
             return error.retryable
         error = error.__cause__
@@ -188,7 +198,7 @@ def _top(reward: Any) -> TopLogprobs | None:
     return reward.get("teacher_top") if isinstance(reward, dict) else None
 
 
-def _split_reward(sample: Any) -> tuple[float, list[float] | None, str | None]:
+def _split_reward(sample: Any) -> tuple[Any, list[float] | None, str | None]:
     """(task reward, teacher log-probs or None, why there are none)."""
     reward = sample.reward
     if isinstance(reward, dict) and "task_reward" in reward:
@@ -196,7 +206,8 @@ def _split_reward(sample: Any) -> tuple[float, list[float] | None, str | None]:
         if log_probs is not None and len(log_probs) != sample.response_length:
             error = f"length: {len(log_probs)} teacher log-probs for a response of {sample.response_length} tokens"
             log_probs = None
-        return float(reward["task_reward"]), log_probs, error
+        task = reward["task_reward"]
+        return task if isinstance(task, dict) else float(task), log_probs, error
     if isinstance(reward, dict):
         try:
             return 0.0, response_logprobs(reward, list(sample.tokens), sample.response_length), None

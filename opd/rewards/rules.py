@@ -33,7 +33,7 @@ async def rule_reward(args: Any, sample: Sample, **_: Any) -> float:
 
 def exact(response: str, label: str | None) -> float:
     """The whole response is the label, up to white space around it."""
-    return float(_without_special_tokens(response).strip() == _required(label, "exact").strip())
+    return float(_required(label, "exact").strip() in (text.strip() for text in _readings(response)))
 
 
 def final_answer(response: str, label: str | None) -> float:
@@ -43,8 +43,8 @@ def final_answer(response: str, label: str | None) -> float:
     a marker, as GSM8K's are.
     """
     expected = _normal(_required(label, "final_answer").rpartition(MARKER)[2])
-    _, marker, answer = _without_special_tokens(response).rpartition(MARKER)
-    return float(bool(marker) and _normal(answer) == expected)
+    found = (text.rpartition(MARKER) for text in _readings(response))
+    return float(any(marker and _normal(answer) == expected for _, marker, answer in found))
 
 
 def math(response: str, label: str | None) -> float:
@@ -62,6 +62,11 @@ def _required(label: str | None, rule: str) -> str:
             "Name the field that holds it with `--label-key` (`--eval-label-key` for evaluation sets)."
         )
     return label
+
+
+def _readings(response: str) -> tuple[str, str]:
+    """As it is, and without what may be an end-of-text token: a right answer may end in ``<int>`` itself."""
+    return response, _without_special_tokens(response)
 
 
 def _without_special_tokens(response: str) -> str:

@@ -7,10 +7,12 @@ rewards and teacher scores overlap with the decoding of the rest, and only their
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from opd.background_loop import BackgroundLoop
@@ -80,8 +82,8 @@ class RolloutDriver:
         """Writes and scores ``samples_per_prompt`` answers to each prompt; ``advance`` is told each one's tokens.
 
         Raises:
-            RewardError: a reward function raised, or gave no number. An aborted answer is no error: its reward is 0 and
-                training leaves it out.
+            RewardError: a reward function raised, or gave no finite number. An aborted answer is no error: its reward
+                is 0 and training leaves it out.
         """
         groups = [
             new_group(prompt, first_index=first_index + g * samples_per_prompt, count=samples_per_prompt)
@@ -211,6 +213,7 @@ def keep_rewards(args: Any, samples: list[Sample], **_: Any) -> tuple[list[float
 
 
 def _as_number(value: Any, sample: Sample) -> float:
-    if isinstance(value, bool | int | float):
+    """NaN is refused too: it would pass into the advantages of its whole group, and end in the gradients."""
+    if isinstance(value, Real) and math.isfinite(value):  # numpy's numbers are Real
         return float(value)
-    raise RewardError(f"the reward of sample {sample.index} is {value!r}: a number is needed")
+    raise RewardError(f"the reward of sample {sample.index} is {value!r}: a finite number is needed")

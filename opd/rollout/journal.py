@@ -40,7 +40,7 @@ _ROLLOUT_FLAGS = (
 )  # fmt: skip
 _OPD_FLAGS = (
     "use_opd", "opd_type", "opd_teachers", "opd_teacher_key", "opd_teacher_combine", "opd_teacher_weights",
-    "opd_teacher_self", "opd_teacher_load", "opd_teacher_tokenizer",
+    "opd_teacher_self", "opd_teacher_load", "opd_teacher_tokenizer", "opd_custom_teacher_path",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from opd.rollout.mixing import NOTHING, mix, unscored
 from opd.rollout.partial import mask_earlier_tokens, new_group, partial_metrics
 from opd.rollout.partial_state import load_groups, save_group
 from opd.run_state import RunState
+from opd.saved_answers import mark_beforehand
 from opd.types import Sample
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class RolloutWriter:
         if parts.journal is not None:
             parts.journal.begin(plan.step)
         own = self._write_own(plan, check) if plan.leaving else NOTHING
+        self._mark(plan.answers)
         result = mix(own, _score_answers(parts, plan.answers)) if plan.answers else own
         return replace(result, in_flight=[save_group(group) for group in self._in_flight])
 
@@ -115,6 +117,7 @@ class RolloutWriter:
             for prompt, index in zip(plan.prompts, plan.first_indices, strict=True)
         ]
         groups = [*self._in_flight, *new]
+        self._mark([sample for group in groups for sample in group.samples])
         earlier = {sample.index: sample.response_length for group in groups for sample in group.samples}
         with parts.reporter.console.rollout(sum(len(group.unfinished) for group in groups)) as progress:
 
@@ -131,6 +134,10 @@ class RolloutWriter:
             mask_earlier_tokens(result.samples, earlier)
         metrics = partial_metrics(result.samples, groups, earlier, step=plan.step, rounds=result.rounds)
         return replace(result, scoring=result.scoring | metrics)
+
+    def _mark(self, samples: list[Sample]) -> None:
+        config = self._parts.config
+        mark_beforehand(samples, config.saved_samples, rollout_size=config.samples_per_rollout)
 
 
 def _score_answers(parts: Parts, answers: list[Sample]) -> RolloutResult:

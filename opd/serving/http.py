@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import ssl
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 import aiohttp
 import tenacity
@@ -49,7 +51,7 @@ class JsonClient:
     ``asyncio.run`` does at its end.
 
     Args:
-        base_url: scheme, host and port.
+        base_url: scheme, host and port; a ``user:password@`` in it is sent as a header and kept out of all messages.
         timeout_s: for one attempt, waiting for the answer included. Waiting for a free slot is not.
         retries: further attempts after the first.
         concurrency: requests in flight.
@@ -67,6 +69,14 @@ class JsonClient:
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _slots: asyncio.Semaphore | None = field(default=None, repr=False)
     _keeper: asyncio.Task[None] | None = field(default=None, repr=False)
+    _login: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        scheme, slashes, rest = self.base_url.partition("//")
+        login, at, host = rest.rpartition("@")
+        if at:
+            self._login = "Basic " + base64.b64encode(unquote(login).encode()).decode()
+            self.base_url = scheme + slashes + host
 
     async def get(self, path: str) -> Any:
         return await self._request("GET", path, None)
@@ -199,6 +209,8 @@ class JsonClient:
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
+        elif self._login is not None:
+            headers["Authorization"] = self._login
         self._slots = asyncio.Semaphore(self.concurrency)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(

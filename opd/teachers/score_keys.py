@@ -61,23 +61,25 @@ class ScoreRequest:
 class TeacherScore:
     logprobs: list[float]  # of the response tokens, temperature 1, nats
     top: TopLogprobs | None = None
+    likely: TopLogprobs | None = None  # likeliest tokens that no loss asked for: a reader is shown them
     spans: list[int] | None = None  # see ``Sample.teacher_spans``; never stored, it follows from the answer
 
 
 def pack_score(score: TeacherScore) -> bytes:
     """Log-probs [T] float32, then ids [T, K] int32 and their log-probs [T, K] float32, behind a header."""
     parts = [np.asarray(score.logprobs, dtype="<f4").tobytes()]
-    width = 0
-    if score.top is not None:
-        width = score.top.ids_TK.shape[1]
-        parts.append(score.top.ids_TK.numpy().astype("<i4").tobytes())
-        parts.append(score.top.logprobs_TK.numpy().astype("<f4").tobytes())
+    width, top = 0, score.likely if score.top is None else score.top
+    if top is not None:
+        width = top.ids_TK.shape[1]
+        parts.append(top.ids_TK.numpy().astype("<i4").tobytes())
+        parts.append(top.logprobs_TK.numpy().astype("<f4").tobytes())
     body = b"".join(parts)
     return _HEADER.pack(LAYOUT, len(score.logprobs), width, zlib.crc32(body)) + body
 
 
 def unpack_score(value: bytes, request: ScoreRequest) -> TeacherScore:
-    """
+    """Likely tokens that the request does not name are a reader's.
+
     Raises:
         ValueError: no whole answer to this request.
     """
@@ -85,7 +87,7 @@ def unpack_score(value: bytes, request: ScoreRequest) -> TeacherScore:
         raise ValueError(f"{len(value)} bytes")
     layout, length, width, checksum = _HEADER.unpack_from(value)
     body = memoryview(value)[_HEADER.size :]
-    if layout != LAYOUT or length != request.response_length or (width > 0) != (request.top is not None):
+    if layout != LAYOUT or length != request.response_length or (request.top is not None and width == 0):
         raise ValueError(f"layout {layout}, {length} tokens, {width} likely ones each")
     if len(body) != 4 * length * (1 + 2 * width) or zlib.crc32(body) != checksum:
         raise ValueError("torn or changed bytes")
@@ -96,9 +98,9 @@ def unpack_score(value: bytes, request: ScoreRequest) -> TeacherScore:
         np.frombuffer(body, dtype=dtype, count=length * width, offset=offset).reshape(length, width)
         for dtype, offset in (("<i4", 4 * length), ("<f4", 4 * length * (1 + width)))
     )
-    if ids.max() >= request.top.vocab_size:
+    if request.top is not None and ids.max() >= request.top.vocab_size:
         raise ValueError(f"likely ids up to {ids.max()} for a vocabulary of {request.top.vocab_size}")
     top = TopLogprobs(
         ids_TK=torch.from_numpy(ids.astype(np.int64)), logprobs_TK=torch.from_numpy(values.astype(np.float32))
     )
-    return TeacherScore(logprobs=logprobs, top=top)
+    return TeacherScore(logprobs=logprobs, **{"likely" if request.top is None else "top": top})

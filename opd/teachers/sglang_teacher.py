@@ -27,6 +27,10 @@ from opd.types import TopLogprobs
 # Prompts whose first score is in flight or done. It only bounds memory: forgetting one costs one prefill.
 REMEMBERED_PROMPTS = 4096
 
+# Nats. A near-certain token's log-prob may round to just above 0; a masked logit is the lowest number of its type.
+HIGHEST_LOGPROB = 1e-3
+LOWEST_LOGPROB = -1e30
+
 T = TypeVar("T")
 
 
@@ -34,8 +38,8 @@ class TeacherScoreError(TeacherError):
     """One sample that got no score.
 
     Attributes:
-        reason: "unreachable", "timeout", "http_status", "bad_json", "shape", "length", "ids", "not_finite", "top" or
-            "prompt".
+        reason: "unreachable", "timeout", "http_status", "bad_json", "shape", "length", "ids", "not_finite",
+            "positive", "top" or "prompt".
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -284,8 +288,10 @@ def response_logprobs(answer: Any, tokens: list[int], response_length: int) -> l
         entry, got, sent = wrong[0]
         raise TeacherScoreError("ids", f"the answer is about other tokens: entry {entry} has id {got}, {sent} was sent")
     for i, value in enumerate(logprobs[first:]):
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < LOWEST_LOGPROB:
             raise TeacherScoreError("not_finite", f"response token {i} has log-prob {value!r}")
+        if value > HIGHEST_LOGPROB:
+            raise TeacherScoreError("positive", f"response token {i} has log-prob {value!r}: a probability above 1")
     return [float(value) for value in logprobs[first:]]
 
 

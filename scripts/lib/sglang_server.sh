@@ -27,12 +27,25 @@ start_sglang_server() {
       echo "error: start_sglang_server: the server with pid $SGLANG_SERVER_PID is still running. Stop it first." >&2
       return 1
    fi
+   wait_for_free_port "$port" 10
    mkdir -p "$(dirname "$log")"
    SGLANG_SERVER_LOG=$log
    # Its own session, so that stopping the group reaches SGLang's workers and nothing else.
    env "${environment[@]}" setsid "${PYTHON:-python}" -m opd.serving.sglang_cpu "${flags[@]}" "$@" >"$log" 2>&1 &
    SGLANG_SERVER_PID=$!
    stop_at_exit stop_sglang_server
+}
+
+# A server that answers there already would be taken for the one that is started. One that is ending is waited for.
+wait_for_free_port() {
+   local port=$1 end=$((SECONDS + $2))
+   while (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+      if ((SECONDS >= end)); then
+         echo "error: start_sglang_server: port $port is in use. End the program that listens there, or give another port." >&2
+         return 1
+      fi
+      sleep 1
+   done
 }
 
 wait_for_server() {

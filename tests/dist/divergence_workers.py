@@ -28,10 +28,16 @@ def run(megatron: bool) -> dict[str, float]:
             differences[name] = _given_logits(student, teacher, mine, options)
             differences[f"head {name}"] = _head(world, mine, options)
         differences[f"{kind} sparse"] = _sparse(student, teacher, mine, kind, beta)
+    differences["head custom"] = _head(world, mine, {"kind": _by_columns, "temperature": 2.0})
     if megatron:
         differences |= _megatron(student, mine)
     dist.destroy_process_group()
     return differences
+
+
+def _by_columns(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The terms of a divergence of a user's own: a Hellinger distance and a reverse KL."""
+    return ((student / 2).exp() - (teacher / 2).exp()).square() + student.exp() * (student - teacher)
 
 
 def _logits(columns: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -84,10 +84,9 @@ def test_loss_penalty_and_gradient_equal_the_frameworks() -> None:
     assert norm.item() == pytest.approx(framework["grad_norm"], rel=1e-5)
 
 
-def test_it_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_learns(capsys: pytest.CaptureFixture[str]) -> None:
     example = minimal()
-    monkeypatch.setattr(example, "STEPS", 4)
-    example.main()
+    example.main(4)
     lines = capsys.readouterr().out.splitlines()
     first, last = (float(line.split()[1].rstrip("%")) for line in (lines[0], lines[-1]))
     kls = [float(line.split()[-1]) for line in lines if line.startswith("step")]

@@ -3,6 +3,7 @@ optimizer steps), one step of every other objective (two)."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,6 +165,20 @@ def test_every_sample_is_scored_alike_wherever_it_lies(runs, layout, objective):
         assert merged.keys() == want[name].keys() == set(range(12))
         for sample, values in merged.items():
             assert values == pytest.approx(want[name][sample], abs=2e-5), name
+
+
+@pytest.mark.parametrize(("layout", "objective"), CASES)
+def test_saved_samples_have_the_same_alternatives(runs, layout, objective):
+    """Of student and teacher, at the positions of the saved samples alone; rank 0 gathers those of all shares."""
+    want, parallel = runs[0][objective], runs[1][layout, objective]
+    assert want["saved"] == parallel[0]["saved"] == [1, 4, 7, 10]
+    merged = {key: rows for rank in parallel for key, rows in rank["alternatives"].items()}
+    assert merged.keys() == want["alternatives"].keys()
+    for key, rows in want["alternatives"].items():
+        assert len(merged[key]) == len(rows) > 1
+        for (ids, logprobs), (want_ids, want_logprobs) in zip(merged[key], rows, strict=True):
+            assert logprobs == pytest.approx(want_logprobs, abs=2e-5) and len(logprobs) == 5
+            assert ids == want_ids or min(-np.diff(want_logprobs)) < 1e-4  # two of them may be as likely
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

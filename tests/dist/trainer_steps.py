@@ -30,7 +30,7 @@ def train(command_lines: list[list[str]], ports: list[int]) -> list[dict[str, An
             "--num-rollout", "1", "--rollout-batch-size", "4", "--n-samples-per-prompt", "3",
             "--global-batch-size", "6", "--rollout-temperature", "0.8", "--lr", "1e-3", "--adam-eps", "1e-3",
             "--max-tokens-per-gpu", "60", "--normalize-advantages",
-            "--logits-chunk-tokens", "7", "--distributed-timeout-minutes", "1",
+            "--logits-chunk-tokens", "7", "--distributed-timeout-minutes", "1", "--output-dir", "unused",
             *flags,
         ])  # fmt: skip
         trainer, _ = build_trainer(config, rank_device)
@@ -45,7 +45,7 @@ def train(command_lines: list[list[str]], ports: list[int]) -> list[dict[str, An
 
 def _step(trainer: Any, critic: Any, config: Any) -> dict[str, Any]:
     from opd.config.teachers import teachers
-    from opd.step_metrics import batch_metrics
+    from opd.step_metrics import batch_metrics, saved_values
     from opd.training_signal import add_training_signal
 
     batch = None
@@ -66,6 +66,14 @@ def _step(trainer: Any, critic: Any, config: Any) -> dict[str, Any]:
     for name in PER_TOKEN:
         pieces = zip(batch.sample_N.tolist(), batch.per_sample(getattr(batch, name)), strict=True)
         result[name] = {i: piece.tolist() for i, piece in pieces}
+    result["alternatives"] = {
+        (name, sample): [
+            (ids, logprobs) for ids, logprobs in zip(top.ids_TK.tolist(), top.logprobs_TK.tolist(), strict=True)
+        ]
+        for name in ("student_likely", "teacher_likely")
+        for sample, top in getattr(batch, name).items()
+    }
+    result["saved"] = sorted(trainer.from_all_shares(saved_values(batch, kl_coef=config.penalty_coef)))
     result["weights"] = {name: tensor.clone() for name, tensor in trainer.export_weights()}
     return result
 
@@ -92,6 +100,7 @@ def _samples(*, teachers: int, from_file: bool) -> Any:
                 teacher_index=i % teachers,
                 teacher_prompt_ids=[7, 8, 9] if i == 11 else None,
                 off_policy=from_file and i % 6 == 2,
+                saved=i % 3 == 1,
             )
         )
     return make_batch(samples, torch.randn(12, generator=generator), samples_per_step=6)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.e2e.alternatives import check_alternatives
 from tests.e2e.runs import TASK, rows, run, tiny_flags
 
 pytestmark = pytest.mark.e2e
@@ -25,6 +26,8 @@ def test_coloaded(tmp_path):
     assert abs(row["opd_reverse_kl"]) < 1e-6
     assert max(map(abs, penalties(tmp_path / "run"))) < 1e-5
     assert row["unscored_share"] == 0
+    saved = tmp_path / "run" / "samples" / "step_00001.jsonl"
+    check_alternatives(saved, temperature=0.8, student_top=TASK / "student")  # at the temperature of the KL
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
@@ -48,6 +51,8 @@ def test_on_an_sglang_server(tmp_path, student_as_teacher, temperature):
     assert abs(row["opd_reverse_kl"]) < 1e-5
     assert row["unscored_share"] == 0 and row["teacher_failures"] == 0
     assert 0 < row["reward_mean"] < 1  # the task reward is there beside the teacher
+    saved = tmp_path / "run" / "samples" / "step_00001.jsonl"
+    check_alternatives(saved, student_top=TASK / "student", teacher_top=TASK / "student")  # all at temperature 1
 
 
 @pytest.mark.parametrize("support", ["teacher", "union"])

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from opd.config.schema import Config, LaunchFlags, RolloutFlags
-from opd.engine_weights import release_engine_memory
+from opd.engine_weights import release_engine_memory, sync_weights
+from opd.errors import UpdateError
 
 pytestmark = pytest.mark.unit
 
@@ -22,3 +24,10 @@ def test_the_rank_with_the_engine_releases_its_memory_when_they_share_gpus(
     config = Config(launch=LaunchFlags(colocate=colocate), rollout=RolloutFlags(rollout_engine="sglang"))
     release_engine_memory(SimpleNamespace(config=config, rollout=SimpleNamespace(engine=engine) if leader else None))
     assert len(asked) == releases
+
+
+def test_a_student_that_has_no_log_probs_is_no_fault_of_the_engine() -> None:
+    trainer = SimpleNamespace(export_weights=lambda: iter(()), score=lambda probe: torch.tensor([-1.0, torch.nan]))
+    parts = SimpleNamespace(config=Config(), trainer=trainer, rollout=None, probe=None)
+    with pytest.raises(UpdateError, match="its weights hold NaN"):
+        sync_weights(parts, version=1)

@@ -7,9 +7,9 @@ import torch
 
 from opd.config.schema import Config, OpdFlags, RolloutFlags
 from opd.data.batching import make_batch
-from opd.step_metrics import batch_metrics, engine_idle_shares, idle_shares
+from opd.step_metrics import batch_metrics, engine_idle_shares, idle_shares, saved_values
 from opd.training_signal import add_training_signal
-from opd.types import Sample, SampleStatus
+from opd.types import Sample, SampleStatus, TopLogprobs
 
 
 class OneRank:
@@ -71,6 +71,24 @@ def test_coverage_counts_tokens_of_scored_answers_and_the_kl_is_per_token_in_a_s
     assert metrics["opd_reverse_kl"] == pytest.approx(1.0)
     assert metrics["opd_kl_k2"] == pytest.approx((2**2 / 2 + 1 / 2) / 3)
     assert metrics["unscored_share"] == pytest.approx(1 / 3)
+
+
+def test_saved_samples_alone_give_their_values_and_an_unscored_one_nothing_of_the_teacher():
+    likely = TopLogprobs(ids_TK=torch.tensor([[7, 8]] * 2), logprobs_TK=torch.tensor([[-0.5, -1.0]] * 2))
+    samples = [
+        Sample(index=i, group_index=0, prompt="p", tokens=[0] * 3, response_length=2, rollout_log_probs=[-1.0] * 2,
+               status=SampleStatus.COMPLETED, reward=0.0, teacher_log_probs=scores, saved=i != 1, teacher_likely=likely)
+        for i, scores in enumerate([[-2.0, -3.0], [-2.0, -2.0], None])
+    ]  # fmt: skip
+    batch = make_batch(samples, torch.zeros(3), samples_per_step=3)
+    batch = batch.with_(student_kl_logprobs_T=torch.arange(6.0), student_likely={0: likely}, reverse_kl_T=torch.ones(6))
+    values = saved_values(batch, kl_coef=0.5)
+    assert values.keys() == {0, 2}
+    assert values[0].pop("student_top") is values[0].pop("teacher_top") is likely
+    assert {name: column.tolist() for name, column in values[0].items()} == {
+        "student_log_probs": [0.0, 1.0], "teacher_log_probs": [-2.0, -3.0], "penalty": [0.5, 0.5],
+    }  # fmt: skip
+    assert values[2].keys() == {"student_log_probs"} and values[2]["student_log_probs"].tolist() == [4.0, 5.0]
 
 
 TIMES = {"time_rollout": 4.0, "time_teacher": 1.0, "time_train": 3.0, "time_sync": 0.5, "time_step": 10.0}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from opd import step
 from opd.config.schema import CheckpointFlags, Config
-from opd.errors import UserError
+from opd.errors import UpdateError, UserError, WeightSyncError
 from opd.megatron_backend.checkpoint_layout import CheckpointError
 from opd.run_state import RunState
 from opd.step import finish_save, save, saving_on_failure
@@ -79,6 +81,33 @@ def test_a_run_that_is_stopped_waits_and_saves_again_what_failed(written: bool, 
     with pytest.raises(UserError, match="mend me"), saving_on_failure(_with_stop(saves.parts()), state.saved()):
         raise UserError("mend me")
     assert saves.saved == saved and saves.under_way is None
+
+
+def test_a_student_without_log_probs_is_not_saved() -> None:
+    saves = Saves()
+    with pytest.raises(UpdateError), saving_on_failure(_with_stop(saves.parts()), RunState(step=2)):
+        raise UpdateError("the student's log-probs are NaN")
+    assert saves.saved == []
+
+
+def test_a_step_whose_weights_the_engine_refuses_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step's own order of update and sync, with nothing to compute in between."""
+
+    def refuse(*_: Any, **__: Any) -> float:
+        raise WeightSyncError("somebody else gives the servers weights")
+
+    saves = Saves(True)
+    parts = _with_stop(saves.parts())
+    parts.stop.interruptible = contextlib.nullcontext
+    for name in ("load", "forward_logprobs", "map", "update"):
+        setattr(saves, name, lambda *_: {})
+    plan = SimpleNamespace(after=RunState(step=3))
+    for name, result in (("next_rollout", (plan, None, {})), ("batch_metrics", {}), ("gate_metrics", {})):
+        monkeypatch.setattr(step, name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr(step, "sync_weights", refuse)
+    with pytest.raises(WeightSyncError):
+        step.train_step(parts, RunState(step=2, on_disk=True), SimpleNamespace())
+    assert saves.saved == [3]
 
 
 def _with_stop(parts: Any) -> Any:

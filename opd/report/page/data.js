@@ -10,6 +10,8 @@ async function readRun() {
     sample.number = number;
     sample.prompt = run.prompts[sample.prompt];
     sample.texts = sample.tokens.map((token) => run.texts[token]);
+    sample.surprise = sample.student?.map((value) => minus(0, value));
+    sample.doubt = sample.teacher?.map((value) => minus(0, value));
     const pairs = sample.student && sample.teacher;
     sample.gap = pairs ? sample.student.map((value, t) => minus(value, sample.teacher[t])) : null;
     sample.meanGap = mean(sample.gap);

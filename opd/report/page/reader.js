@@ -32,14 +32,15 @@ function tokensView(run, sample, state) {
     return span;
   });
   box.append(...spans);
-  const show = (t) => {
+  const show = (t, hovered = false) => {
     document.querySelectorAll(".tokens .active").forEach((span) => span.classList.remove("active"));
     spans[t].classList.add("active");
     box.dataset.active = t;
     showToken(run, sample, t);
+    if (!hovered) spans[t].scrollIntoView({ block: "nearest" }); // from behind the panel; under a mouse nothing may move
   };
   const under = (event) => event.target.closest("[data-token]");
-  box.addEventListener("pointerover", (event) => event.pointerType === "mouse" && under(event) && show(Number(under(event).dataset.token)));
+  box.addEventListener("pointerover", (event) => event.pointerType === "mouse" && under(event) && show(Number(under(event).dataset.token), true));
   box.addEventListener("click", (event) => under(event) && show(Number(under(event).dataset.token)));
   box.addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -70,16 +71,20 @@ function showToken(run, sample, t) {
       make("table", {}, make("tbody", {},
         nats("student − teacher", sample.gap, "nats"), nats("penalty", sample.penalty, ""),
         nats("student's entropy", sample.entropy, "nats"), nats("teacher's entropy", sample.teacherEntropy, "nats"))),
-      alternatives("student's likeliest", at(sample.studentTop), run),
-      alternatives("teacher's likeliest", at(sample.teacherTop), run)));
+      alternatives("student's likeliest", at(sample.studentTop), sample.tokens[t], run),
+      alternatives("teacher's likeliest", at(sample.teacherTop), sample.tokens[t], run)));
   panel.hidden = false;
   document.body.classList.add("detailed");
 }
 
-// top: [[token, log-prob], ...]
-function alternatives(label, top, run) {
+// top: [token, log-prob, token, log-prob, ...], likeliest first; what was written is marked.
+function alternatives(label, top, written, run) {
   if (!top) return null;
-  const rows = top.map(([token, value]) => make("tr", {}, make("td", {}, make("code", {}, visible(run.texts[token]))), make("td", {}, percent(value))));
+  const rows = [];
+  for (let k = 0; k < top.length; k += 2) {
+    const text = make("code", { class: top[k] === written ? "written" : null }, visible(run.texts[top[k]]));
+    rows.push(make("tr", {}, make("td", {}, text), make("td", { class: "number" }, percent(top[k + 1]))));
+  }
   return make("div", {}, make("span", { class: "faint" }, label), make("table", {}, make("tbody", {}, rows)));
 }
 

@@ -23,6 +23,7 @@ TINY = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file with an empty header
 COMMON = {
     "--hf-checkpoint": "student",
     "--prompt-data": "prompts.jsonl",
@@ -45,7 +46,7 @@ def write_model(folder: Path, *, weights: bool = True, **changes: object) -> Non
     shape = {key: value for key, value in {**TINY, **changes}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(shape))
     if weights:
-        (folder / "model.safetensors").touch()
+        (folder / "model.safetensors").write_bytes(NO_TENSORS)
 
 
 @pytest.fixture

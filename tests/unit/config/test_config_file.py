@@ -114,14 +114,16 @@ def test_paths_are_left_as_written(file: Path, tmp_path: Path) -> None:
     assert parse_flags(["--config", "configs/run.yaml"]).checkpoint.save == "runs/a"
 
 
+LISTED = "Keys are the flags that `train.py --help all` lists, without dashes."
+
 REFUSALS = {
     # keys
     "lr: 1\nn-sample-per-prompt: 8": (
         "run.yaml, line 2: unknown key `n-sample-per-prompt`. Did you mean `n-samples-per-prompt`?"
     ),
-    "zzz: 8": ("run.yaml, line 1: unknown key `zzz`. Keys are the flags that `train.py --help` lists, without dashes."),
-    "'<<': 1": "run.yaml, line 1: unknown key `<<`. Keys are the flags that `train.py --help` lists, without dashes.",
-    "1: 8": "run.yaml, line 1: unknown key `1`. Keys are the flags that `train.py --help` lists, without dashes.",
+    "zzz: 8": f"run.yaml, line 1: unknown key `zzz`. {LISTED}",
+    "'<<': 1": f"run.yaml, line 1: unknown key `<<`. {LISTED}",
+    "1: 8": f"run.yaml, line 1: unknown key `1`. {LISTED}",
     "[lr]: 8": "run.yaml, line 1: a key must be the name of a flag. Write `name: value`.",
     "--lr: 8": "run.yaml, line 1: `--lr`: keys have no leading dashes. Write `lr`.",
     "no-use-opd: true": (
@@ -184,7 +186,9 @@ REFUSALS = {
         "without quotes or a decimal point."
     ),
     "lr:": "run.yaml, line 1: `lr:` has no value. Give one, or delete the line for the default.",
-    "opd-type: vllm": ('run.yaml, line 1: `opd-type: "vllm"` must be one of sglang, megatron. Choose one of these.'),
+    "opd-type: vllm": (
+        'run.yaml, line 1: `opd-type: "vllm"` must be one of sglang, megatron, custom. Choose one of these.'
+    ),
     "lr: !!int fast": "run.yaml, line 1: `lr: fast` is no int, which its tag says it is. Drop the tag.",
     "save: !!python/name:os.system ''": (
         "run.yaml, line 1: `save`: the tag `tag:yaml.org,2002:python/name:os.system` is not read. Write the value "

@@ -1,13 +1,17 @@
-"""What --dry-run says about asking a served teacher."""
+"""What --dry-run says about asking a served teacher, or a function."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from opd.config import parse_config
+from opd.config.plan import plan
+from opd.config.plan_learning import learning_rows
 from opd.config.plan_teacher import asking_rows
 from opd.config.teachers import teachers
 
@@ -48,3 +52,24 @@ def test_how_a_served_teacher_is_asked(
 def test_a_teacher_beside_the_student_is_not_asked(workplace: Path, command: Callable[..., list[str]]) -> None:
     config = parse_config(command("megatron", "--dry-run"))
     assert asking_rows(config, teachers(config)) == []
+
+
+def test_how_a_function_is_asked_and_what_a_step_makes_of_it(
+    workplace: Path, command: Callable[..., list[str]]
+) -> None:
+    flags = "--use-opd --opd-type custom --opd-custom-teacher-path my_rewards.length --opd-teacher-wait 0 --dry-run"
+    config = parse_config(command("grpo", flags))
+    (_, asked), (_, without) = asking_rows(config, teachers(config))
+    assert asked.startswith("one sample at a time if it is a plain function, all that wait if it is async")
+    assert without == "above 0.5 of a rollout's samples the run saves and stops"
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan(config))
+    printed = console.file.getvalue()
+    assert "function my_rewards.length, in the first training process" in printed
+    assert "the teacher beside the rollout" in printed and "teacher requests" not in printed
+
+
+def test_the_plan_names_the_users_divergence(workplace: Path, command: Callable[..., list[str]]) -> None:
+    flags = "--distillation-type custom --custom-divergence-function-path my_rewards.length --dry-run"
+    (row,) = [text for name, text in learning_rows(parse_config(command("megatron", flags))) if "distillation" in name]
+    assert row == "1 x my_rewards.length over the whole vocabulary, temperature 1"

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from opd.data.batching import MicroBatchLimit, balanced_partition, data_parallel_share, make_batch, micro_batches
+from opd.data.batching import (
+    MicroBatchLimit,
+    balanced_partition,
+    data_parallel_share,
+    make_batch,
+    micro_batches,
+    rank_share,
+)
+from opd.errors import EngineError
 from opd.types import Sample, SampleStatus
 
 
@@ -32,7 +40,7 @@ def test_aborted_samples_are_left_out_and_unscored_ones_marked():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match="none of 1 samples has a response"):
+    with pytest.raises(EngineError, match="none of 1 samples has a response"):
         make_batch([make_samples()[1]], torch.zeros(1), samples_per_step=1)
 
 
@@ -64,6 +72,15 @@ def test_shares_cover_each_optimizer_step_exactly_once():
     for step in (0, 1):
         tokens = [sum(batch.lengths[i] for i in s if batch.optimizer_step_N[i] == step) for s in shares]
         assert max(tokens) - min(tokens) <= 4
+
+
+def test_a_rank_for_which_nothing_is_left_goes_along_with_a_sample_that_does_not_count():
+    batch = make_batch(make_samples(), torch.zeros(4), samples_per_step=2)  # the first step has one sample, not two
+    first, second = (rank_share(batch, rank=rank, size=2) for rank in range(2))
+    assert first.sample_N.tolist() == [0, 3] and second.sample_N.tolist() == [2, 0]
+    assert second.optimizer_step_N.tolist() == [1, 0]
+    assert [mask.tolist() for mask in second.per_sample(second.loss_mask_T)] == [[1.0], [0.0, 0.0, 0.0]]
+    assert first.loss_mask_T.sum() + second.loss_mask_T.sum() == batch.loss_mask_T.sum()
 
 
 @pytest.mark.parametrize("budget", [10, 17, 64, 1000])

@@ -26,6 +26,12 @@ def test_a_folder_without_a_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
             load_tokenizer(path)
 
 
+def test_a_model_without_its_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    with pytest.raises(ConfigError, match=r"holds no tokenizer that transformers can load \(it has no vocabulary\)"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(("listed", "expected"), [([7, 3], (2, 3, 7)), (7, (2, 7)), (None, (2,))])
 def test_eos_ids_of_generation_config_and_tokenizer(tmp_path: Path, listed: object, expected: tuple[int, ...]) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))

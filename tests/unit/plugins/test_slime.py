@@ -184,6 +184,7 @@ def test_whitening_leaves_the_coefficient_alone() -> None:
         ({"normalize_advantages": True}, "divide its coefficient out"),
         ({"advantage_estimator": "ppo"}, "`--advantage-estimator=ppo` is not served"),
         ({"context_parallel_size": 2}, "needs whole answers on a rank"),
+        ({"rollout_temperature": 0.7}, "the teacher server's at 1 whatever it is asked"),
     ],
 )
 def test_flags_that_would_learn_something_else_are_refused(changes: dict[str, Any], reason: str) -> None:

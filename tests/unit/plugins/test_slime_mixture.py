@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from opd.data.tokenizer import load_tokenizer
 from opd.errors import EngineError, UserError
-from opd.plugins.slime_mixture import MixtureSettings, _whole_groups
+from opd.plugins.slime_mixture import MixtureSettings, _whole_groups, tokenizer_of
 from tests.unit.plugins.slime_objects import DataSource, Sample, slime_args
 
 pytestmark = pytest.mark.unit
@@ -39,6 +41,20 @@ def test_the_run_and_its_config_file_say_what_is_drawn() -> None:
     assert found.params.max_new_tokens == 8
     assert found.params.stop_token_ids == (load_tokenizer(STUDENT).eos_token_id,)
     assert found.context == 512
+
+
+def test_code_in_the_students_folder_does_not_run_unasked(tmp_path: Path) -> None:
+    folder, ran = tmp_path / "student", tmp_path / "ran"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(STUDENT) / name, folder / name)
+    settings_of = json.loads((folder / "tokenizer_config.json").read_text())
+    settings_of["auto_map"] = {"AutoTokenizer": [None, "own.Own"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings_of))
+    code = f"from transformers import PreTrainedTokenizerFast as Own\nopen({str(ran)!r}, 'w').close()\n"
+    (folder / "own.py").write_text(code)
+    tokenizer_of(args(hf_checkpoint=str(folder)))
+    assert not ran.exists()
 
 
 def test_further_stop_ids_and_another_teacher() -> None:

@@ -74,7 +74,17 @@ def test_the_page_carries_curves_flags_and_tokens(tmp_path: Path) -> None:
     assert order == [(1, False, "3+4="), (1, True, "2+2="), (2, False, "3+4=")]
     first = data["samples"][0]
     assert [data["texts"][token] for token in first["tokens"]] == ["7", "</script>"]
-    assert first["teacher"] == [-2.0, None] and first["doubt"] == [2.0, None] and first["penalty"] == [1.5, None]
+    assert first["teacher"] == [-2.0, None] and first["penalty"] == [1.5, None]
+    assert not {"surprise", "doubt"} & first.keys()  # the page negates the log-probs itself
+
+
+def test_alternatives_keep_the_likeliest_and_what_is_not_negligible(tmp_path: Path) -> None:
+    top = [[["7", -0.105], ["8", -6.8], ["9", -7.2]], [["</script>", -7.123], ["7", -7.5]]]
+    data = data_of(write_html_report(run_folder(tmp_path, [answer(1, 0, student_top=top, teacher_top=None)])))
+    (sample,) = data["samples"]
+    number = {text: k for k, text in enumerate(data["texts"])}
+    assert sample["studentTop"] == [[number["7"], -0.105, number["8"], -6.8], [number["</script>"], -7.123]]
+    assert "teacherTop" not in sample and "9" not in number
 
 
 def test_a_page_that_would_be_too_large_leaves_answers_out_evenly(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def record(folder: Path, rows: list[dict], *, start_step: int = 0, **flags: obje
         for row in rows:
             step = row["step"]
             report.step(step, {key: value for key, value in row.items() if key != "step"})
-            report.samples(step, [Sample(index=step, group_index=0, prompt="p", tokens=[1, 2], response_length=1)])
+            sample = Sample(index=step, group_index=0, prompt="p", tokens=[1, 2], response_length=1)
+            report.samples(step, [sample], {0: {}})
     return stream.getvalue()
 
 

@@ -74,13 +74,21 @@ class RecordedRun:
         self.finished = True
 
 
-def test_wandb_run_is_continued_by_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FLAGS = {
+    "lr": 0.1,
+    "rm_url": "http://me:p@ss@a:1/generate,https://me:secret@b:2*3",
+    "opd_teachers": ["math=http://me:secret@c:3/generate"],
+    "sglang_server_args": "--max-total-tokens 4096 --api-key secret --admin-api-key=secret",
+}
+
+
+def test_wandb_run_is_continued_by_a_resume_and_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[RecordedRun] = []
     module = types.ModuleType("wandb")
     module.init = lambda **kwargs: runs.append(RecordedRun(kwargs)) or runs[-1]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     for _ in range(2):
-        sink = WandbSink(tmp_path, project="p", group="g", mode="offline", run_flags={"lr": 0.1})
+        sink = WandbSink(tmp_path, project="p", group="g", mode="offline", run_flags=FLAGS)
         sink.log(3, {"step": 3, "reward_mean": 0.5, "grad_norm": None})
         sink.close()
     assert [run.kwargs["id"] for run in runs] == [None, "new-id"]
@@ -88,7 +96,12 @@ def test_wandb_run_is_continued_by_a_resume(tmp_path: Path, monkeypatch: pytest.
         "project": "p",
         "group": "g",
         "mode": "offline",
-        "config": {"lr": 0.1},
+        "config": {
+            "lr": 0.1,
+            "rm_url": "http://a:1/generate,https://b:2*3",
+            "opd_teachers": ["math=http://c:3/generate"],
+            "sglang_server_args": "--max-total-tokens 4096 --api-key *** --admin-api-key=***",
+        },
     }
     assert runs[0].logged == [(3, {"train/reward_mean": 0.5})]
     assert runs[0].finished

@@ -113,4 +113,4 @@ def test_bytes_are_those_of_tokens_that_the_server_was_asked_for() -> None:
 
 
 def test_without_a_server_there_is_no_such_part() -> None:
-    assert "Teacher server" not in printed(learning_run(4))
+    assert "samples scored" not in printed(learning_run(4))

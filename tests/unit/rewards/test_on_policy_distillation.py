@@ -101,6 +101,17 @@ def test_post_processing_our_dicts() -> None:
     assert [s.reward for s in samples] == [1.0, 0.5, 0.25, 0.0]
 
 
+def test_a_task_reward_of_several_fields_reaches_the_users_post_processing() -> None:
+    async def fields(args: Any, sample: Any) -> dict[str, float]:
+        return {"correct": 1.0, "short": 0.5}
+
+    sample = _sample(3)
+    sample.reward = _reward(FakeSGLang(), sample, fields)
+    post_process_rewards(SimpleNamespace(), [sample])
+    assert sample.reward == {"correct": 1.0, "short": 0.5}
+    assert sample.teacher_log_probs.tolist() == pytest.approx(_expected(3))
+
+
 def test_inside_slime_an_unscored_sample_leaves_the_loss_with_a_tensor() -> None:
     reward = {"task_reward": 1.0, "teacher_log_probs": None, "teacher_error": "timeout: slow"}
     sample = _sample(3, reward, remove_sample=False)

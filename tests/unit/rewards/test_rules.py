@@ -31,6 +31,8 @@ def grader():
         ("blue<|im_end|>", "blue", 1.0),
         ("Blue", "blue", 0.0),
         ("it is blue", "blue", 0.0),
+        ("vector<int>", "vector<int>", 1.0),  # no end-of-text token
+        ("vector<int><eos>", "vector<int>", 0.0),  # nor can the two be told apart
         ("", "blue", 0.0),
     ],
 )
@@ -56,6 +58,7 @@ def test_exact(response, label, reward):
         ("#### 3.50", "3.50", 1.0),
         ("#### 1,234,567", "1234567", 1.0),
         ("# a < b", "a < b", 1.0),
+        ("# <br>", "<br>", 1.0),
     ],
 )
 def test_final_answer(response, label, reward):

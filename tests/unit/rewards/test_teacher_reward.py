@@ -11,6 +11,7 @@ import pytest
 from opd.config.teachers import TeacherSpec
 from opd.rewards.teacher_reward import TeacherReward
 from opd.teachers.served_teachers import ServedTeachers
+from opd.teachers.top_scores import TopRequest
 from opd.types import Sample
 from tests.unit.serving.fake_sglang import FakeSGLang, logprob_of
 
@@ -56,3 +57,19 @@ def test_a_scored_sample_lacks_nothing() -> None:
     assert not reward.unscored(sample) and not reward.may_be_scored(sample)
     sample.reward = 0.0  # an aborted one
     assert not reward.unscored(sample)
+
+
+def test_answers_without_the_students_likely_tokens_are_scored_all_the_same() -> None:
+    async def run(sampled_only: bool) -> dict[str, Any]:
+        async with FakeSGLang().running() as fake:
+            top = TopRequest(count=2, support="student", vocab_size=100)
+            teachers = ServedTeachers(specs=(TeacherSpec(name="a", location=fake.url),), top=top)
+            reward = TeacherReward(task_reward=zero, teachers=teachers)
+            sample = Sample(index=3, group_index=0, prompt="", tokens=[5, 6, 7], response_length=1)
+            return await (reward.of_sampled_tokens() if sampled_only else reward)(ARGS, sample)
+
+    async def zero(args: Any, sample: Sample) -> float:
+        return 0.0
+
+    assert asyncio.run(run(False))["teacher_error"].startswith("top: ")  # a loss over them would have nothing
+    assert asyncio.run(run(True))["teacher_log_probs"] == [logprob_of(2, 7)]

@@ -1,6 +1,7 @@
 import logging
 import threading
 
+import numpy as np
 import pytest
 
 from opd.data.prompts import Prompt
@@ -137,9 +138,17 @@ def test_a_failing_reward_function_is_named():
         run(broken)
 
 
-def test_a_reward_that_is_no_number_is_refused():
-    async def text(args, sample, **kwargs):
-        return "good"
+@pytest.mark.parametrize("value", ["good", float("nan"), float("-inf"), None])
+def test_a_reward_that_is_no_finite_number_is_refused(value):
+    async def odd(args, sample, **kwargs):
+        return value
 
-    with pytest.raises(RewardError, match="the reward of sample 100 is 'good': a number is needed"):
-        run(text)
+    with pytest.raises(RewardError, match=f"the reward of sample 100 is {value!r}: a finite number is needed"):
+        run(odd)
+
+
+def test_numbers_of_numpy_are_rewards():
+    async def of_numpy(args, sample, **kwargs):
+        return np.float32(0.5) if sample.index % 2 else np.int64(2)
+
+    assert run(of_numpy).rewards == [2.0, 0.0, 2.0, 0.5, 2.0, 0.5]  # 101 was aborted

@@ -203,6 +203,17 @@ def test_a_second_server_is_refused(stub_python: Path, tmp_path: Path) -> None:
     assert processes_of(tmp_path) == []
 
 
+def test_a_port_in_use_is_refused(stub_python: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = run_lib(f"wait_for_free_port {port} 1; echo free", stub_python)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert f"port {port} is in use. End the program that listens there" in ended.stderr
+    assert run_lib(f"wait_for_free_port {port} 1; echo free", stub_python).stdout == "free\n"
+
+
 def test_a_teacher_that_runs_already_is_not_started_again(stub_python: Path, tmp_path: Path) -> None:
     code = f"RUN={tmp_path}; TEACHER_URL=http://elsewhere:1; serve_teacher model 0; echo $TEACHER_URL"
     ended = run_lib(code, stub_python)
@@ -226,4 +237,4 @@ def test_a_job_runs_train_py_in_this_folder_with_every_flag_as_given(stub_python
     code = f'cd "{ROOT}"; PATH="{tmp_path}:$PATH"; submit_training --prompt-data "a b.jsonl" --no-such-flag'
     ended = run_lib(code, stub_python)
     assert ended.stdout == "job submit --address http://127.0.0.1:8265\n"
-    assert ended.stderr == "error: unknown flag `--no-such-flag`. `train.py --help` lists every flag.\n"
+    assert ended.stderr == "error: unknown flag `--no-such-flag`. `train.py --help all` lists every flag.\n"

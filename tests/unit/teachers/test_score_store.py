@@ -75,6 +75,16 @@ def test_likely_tokens_come_back_as_they_were() -> None:
         unpack_score(value, replace(request, top=TopRequest(count=2, support="union", vocab_size=100)))
 
 
+def test_likely_tokens_of_a_score_without_any_are_a_readers(tmp_path: Path) -> None:
+    likely = TopLogprobs(ids_TK=torch.tensor([[3, 1], [4, 2]]), logprobs_TK=-torch.rand(2, 2))
+    store = ScoreStore(tmp_path)
+    store.put("a", REQUEST, replace(SCORE, likely=likely))
+    found = store.get("a", REQUEST)
+    assert found.top is None and torch.equal(found.likely.ids_TK, likely.ids_TK)
+    store.put("a", REQUEST, SCORE)
+    assert store.get("a", REQUEST).likely is None
+
+
 def test_a_value_that_is_not_whole_or_does_not_fit_is_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = ScoreStore(tmp_path)
     store.put("a", REQUEST, TeacherScore(logprobs=[-0.5]))  # too short for the request

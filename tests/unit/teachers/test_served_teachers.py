@@ -115,6 +115,40 @@ def test_likely_tokens_come_with_the_score() -> None:
     assert one.reward == 0.0
 
 
+def test_a_saved_sample_comes_with_the_teachers_likeliest_tokens() -> None:
+    fake, shown = FakeSGLang(), TopRequest(count=2, vocab_size=100)
+    saved, plain = sample(saved=True), sample()
+    for s, reward in zip([saved, plain], rewards((fake,), [saved, plain], likely=shown), strict=True):
+        s.reward = reward
+    post_process_rewards(SimpleNamespace(), [saved, plain])
+    assert [request.get("top_logprobs_num") for request in fake.requests] == [2, None]
+    assert saved.teacher_likely.ids_TK.tolist() == [[1, 3], [1, 3]]
+    assert saved.teacher_top is plain.teacher_likely is None  # no loss reads them
+    for s in (saved, plain):
+        assert s.teacher_log_probs.tolist() == pytest.approx(OWN)
+
+
+@pytest.mark.parametrize(
+    "fault", [400, lambda answer: answer["meta_info"].pop("input_top_logprobs_val_flat_b64") and None]
+)
+def test_a_teacher_without_likely_tokens_still_scores(fault: Any) -> None:
+    fake = FakeSGLang(fault)
+    (reward,) = rewards((fake,), [sample(saved=True)], likely=TopRequest(count=2, vocab_size=100))
+    assert reward["teacher_log_probs"] == pytest.approx(OWN) and reward["teacher_error"] is None
+    assert "teacher_likely" not in reward and len(fake.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("support", "kept"), [("teacher", [[1, 3], [1, 3]]), ("union", [[1, 3], [1, 3]]), ("student", None)]
+)
+def test_a_loss_over_likely_tokens_has_asked_already(support: str, kept: list[list[int]] | None) -> None:
+    fake, top = FakeSGLang(), TopRequest(count=3, support=support, vocab_size=100)
+    one = sample(saved=True, student_top_ids=[[5, 6, 7], [5, 6, 7]])
+    (reward,) = rewards((fake,), [one], top=top, likely=TopRequest(count=2, vocab_size=100))
+    assert len(fake.requests) == 1
+    assert (reward["teacher_likely"].ids_TK.tolist() if kept else reward.get("teacher_likely")) == kept
+
+
 def test_the_flags_say_what_is_asked() -> None:
     base = "--use-opd --opd-type sglang --opd-teachers a=http://h/generate b=http://i/generate --opd-teacher-combine"
     mixed = ServedTeachers.of_config(parse_flags([*base.split(), "probs"]), vocab_size=9)

@@ -115,6 +115,14 @@ def _minus_infinity(answer: dict[str, Any]) -> None:
     _entries(answer)[-1][0] = float("-inf")
 
 
+def _lowest_of_its_type(answer: dict[str, Any]) -> None:
+    _entries(answer)[-1][0] = -3.4028234663852886e38
+
+
+def _above_one(answer: dict[str, Any]) -> None:
+    _entries(answer)[-1][0] = 0.7
+
+
 def _one_too_few(answer: dict[str, Any]) -> None:
     _entries(answer).pop()
 
@@ -143,6 +151,8 @@ def _a_list(answer: dict[str, Any]) -> Any:
         (_nan, "not_finite"),
         (_null, "not_finite"),
         (_minus_infinity, "not_finite"),
+        (_lowest_of_its_type, "not_finite"),
+        (_above_one, "positive"),
         (_one_too_few, "length"),
         (_other_ids, "ids"),
         (_shifted, "ids"),
