@@ -291,7 +291,10 @@ def response_logprobs(answer: Any, tokens: list[int], response_length: int) -> l
         if not isinstance(value, int | float) or not math.isfinite(value) or value < LOWEST_LOGPROB:
             raise TeacherScoreError("not_finite", f"response token {i} has log-prob {value!r}")
         if value > HIGHEST_LOGPROB:
-            raise TeacherScoreError("positive", f"response token {i} has log-prob {value!r}: a probability above 1")
+            raise TeacherScoreError(
+                "positive",
+                f"response token {i} has log-prob {value:.3g}, a probability above 1: use a stock SGLang server",
+            )
     return [float(value) for value in logprobs[first:]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A current folder that looks like the repository's root, with a reward function of the user's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # that of a test before this one
     Path("examples").symlink_to(ROOT / "examples")
     Path("my_rewards.py").write_text("async def passes_tests(args, sample):\n    return 0.0\n", encoding="utf-8")
 

@@ -95,7 +95,12 @@ def test_a_healthy_teacher_passes_every_check() -> None:
             Verdict.FAIL,
             "by 2 nats per token at 2",
         ),
-        (HealthyServer(noise=lambda *_: 1.0), "scores", Verdict.FAIL, "no probability is above 1"),
+        (
+            HealthyServer(noise=lambda *_: 1.0),
+            "scores",
+            Verdict.FAIL,
+            "a probability above 1: use a stock SGLang server",
+        ),
         (HealthyServer(context=39), "largest context", Verdict.FAIL, "Prompt and answer have 40 tokens"),
         (HealthyServer(slots=1, seconds=0.02), "scored tokens/s", Verdict.WARN, "one after the other"),
         (HealthyServer(caches=False), "prefix cache", Verdict.WARN, "--disable-radix-cache"),
