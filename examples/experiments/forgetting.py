@@ -25,12 +25,10 @@ PRICES_ONLY = "prices learned"
 WAYS = {
     PRICES_ONLY: ("prices",),
     "then reverse KL": ("prices", "reverse_kl"),
-    "then the penalty": ("prices", "penalty"),
     "then two teachers, routed": ("prices", "routed"),
     "then penalty + prices": ("prices", "mixed"),
     "three short rounds": tuple(f"round{i}_{part}" for i in (1, 2, 3) for part in TASKS[::-1]),
     "rehearsal": ("rehearsal",),
-    "held by its earlier self": ("held",),
 }
 
 

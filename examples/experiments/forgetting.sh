@@ -6,13 +6,13 @@
 #   bash examples/experiments/forgetting.sh
 #   python examples/experiments/forgetting.py outputs/experiments/forgetting --picture forgetting.png
 #
-# SEEDS, WAYS: lists of other ones; the ways are the functions below. Every step has 64 answers. About 9 minutes a seed
-# on one idle core; complete runs are not repeated.
+# SEEDS, WAYS: lists of other ones; the ways are the functions below. Every step has 64 answers. About 10 CPU minutes
+# a seed; complete runs are not repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/experiments/common.sh
 
-WAYS=${WAYS:-recover_reverse_kl recover_penalty recover_routed recover_mixed rounds rehearse held}
+WAYS=${WAYS:-recover_reverse_kl recover_routed recover_mixed rounds rehearse}
 RUNS=$EXPERIMENTS/forgetting
 DATA=$RUNS/data
 NEW_STEPS=80 RECOVERY_STEPS=30 ROUNDS=3 ROUND_NEW_STEPS=27 ROUND_RECOVERY_STEPS=10
@@ -35,8 +35,6 @@ main() {
 # Each way: seed, the model that knows the prices.
 
 recover_reverse_kl() { run reverse_kl "$1" "$2" $RECOVERY_STEPS "${REVERSE_KL[@]}"; }
-
-recover_penalty() { run penalty "$1" "$2" $RECOVERY_STEPS "${PENALTY[@]}"; }
 
 # Half of the prompts ask for prices, and the model that knows them is their teacher: both teachers are earlier selves.
 # Twice the steps where two tasks share them: as many answers to each as where they do not.
@@ -62,14 +60,8 @@ rounds() {
    done
 }
 
-# Nothing is forgotten in the first place: the good model learns prices beside right answers to stories ...
+# Nothing is forgotten in the first place: the good model learns prices beside right answers to stories.
 rehearse() { learn rehearsal "$1" "$TASK/teacher" $((2 * NEW_STEPS)) "$DATA/both.jsonl"; }
-
-# ... or beside its own answers to stories, under the penalty of its earlier self.
-held() {
-   run held "$1" "$TASK/teacher" $NEW_STEPS "${PENALTY[@]}" "${SUPERVISED[@]}" \
-      --sft-data "$DATA/prices.jsonl" --opd-off-policy-fraction 0.5
-}
 
 learn() {  # name, seed, model to start from, steps, file with answers
    run "${@:1:4}" "${SUPERVISED[@]}" --sft-data "$5" --sft-steps "$4"

@@ -122,21 +122,21 @@ def _draw(
 def _label_ends(ax: Axes, ends: Sequence[tuple[str, str, tuple[int, float]]], last_step: int) -> None:
     """Writes each label behind its line's end, moved up or down where it would cover another's."""
     to_share, from_share = ax.transData + ax.transAxes.inverted(), ax.transAxes + ax.transData.inverted()
-    for step in sorted({point[0] for _, _, point in ends}):
-        here = [end for end in ends if end[2][0] == step]
-        ordered = sorted((to_share.transform(point)[1], label, colour, point) for label, colour, point in here)
-        shares = spread([end[0] for end in ordered], apart=0.06, top=0.98)
-        for share, (_, label, colour, point) in zip(shares, ordered, strict=True):
-            ax.annotate(
-                label,
-                point,
-                (step + last_step * 0.1, from_share.transform((0, share))[1]),
-                textcoords="data",
-                va="center",
-                fontsize=9,
-                color=colour,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
-            )
+    ordered = sorted((to_share.transform(point)[1], label, colour, point) for label, colour, point in ends)
+    shares = spread([end[0] for end in ordered], apart=0.06, top=0.98)
+    for share, (_, label, colour, point) in zip(shares, ordered, strict=True):
+        ax.annotate(
+            label,
+            point,
+            (point[0] + last_step * 0.1, from_share.transform((0, share))[1]),
+            textcoords="data",
+            va="center",
+            fontsize=9,
+            color=colour,
+            zorder=1,  # below the lines
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+        )
 
 
 def spread(places: Sequence[float], *, apart: float, top: float) -> list[float]:
