@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import Help
+from arguments import Help, add_device
 from machine import machine
 
 from opd.maths.divergence import divergence
@@ -91,8 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=192, help="rows of logits alive at a time in head_divergence")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each, taking turns")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and logits")
+    add_device(parser)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which losses")
     parser.add_argument(
         "--subjects",

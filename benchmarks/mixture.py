@@ -24,7 +24,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch  # noqa: E402
-from arguments import Help  # noqa: E402
+from arguments import Help, add_device  # noqa: E402
 from mixture_pair import STUDENTS, TEACHER, make_model  # noqa: E402
 
 from opd.decoding.draft_length import DraftLength, expected_tokens  # noqa: E402
@@ -81,8 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--spread", type=float, default=3.5, help="of the logits, nats")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and logits")
+    add_device(parser)
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args(arguments)
 

@@ -13,6 +13,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/experiments/common.sh
+source "$TASK/warm_up.sh"
 
 CONDITIONS=${CONDITIONS:-same_size larger no_context right_context wrong_context}
 RUNS=$EXPERIMENTS/teachers
@@ -63,16 +64,8 @@ reading() {
    if [ -f "$CONTEXT/hf/config.json" ]; then return; fi
    python examples/experiments/make_context.py --output-dir "$CONTEXT/data"
    rm -rf "$CONTEXT/checkpoints" "$CONTEXT/run"  # of one that was broken off
-   python train.py \
-      --hf-checkpoint "$TASK/student" --save "$CONTEXT/checkpoints" \
-      --prompt-data "$TASK/train.jsonl" --input-key prompt --label-key label --rollout-shuffle --rm-type final_answer \
-      --sft-data "$CONTEXT/data/warmup.jsonl" --sft-steps 300 --num-rollout 300 \
-      --rollout-batch-size 32 --n-samples-per-prompt 2 --rollout-max-response-len 64 \
-      --eval-interval 100 --eval-prompt-data without "$TASK/eval.jsonl" right "$CONTEXT/data/eval-right.jsonl" \
-         wrong "$CONTEXT/data/eval-wrong.jsonl" \
-      --calculate-per-token-loss --lr 1e-3 --lr-warmup-iters 10 --lr-decay-style linear --adam-beta2 0.95 \
-      --output-dir "$CONTEXT/run"
-   python tools/convert_torch_dist_to_hf.py --input-dir "$CONTEXT/checkpoints" --output-dir "$CONTEXT/hf"
+   warm_up "$CONTEXT/data/warmup.jsonl" 300 "$CONTEXT/checkpoints" "$CONTEXT/run" "$CONTEXT/hf" \
+      without "$TASK/eval.jsonl" right "$CONTEXT/data/eval-right.jsonl" wrong "$CONTEXT/data/eval-wrong.jsonl"
 }
 
 main "$@"; exit  # on one line: an edit of this file does not reach a run that has begun

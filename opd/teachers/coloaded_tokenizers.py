@@ -17,7 +17,7 @@ from opd.config.schema import Config
 from opd.config.teachers import teachers
 from opd.data.tokenizer import load_tokenizer
 from opd.errors import TeacherError
-from opd.teachers.selftest import probe_text
+from opd.teachers.selftest import first_difference, probe_text
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def check_coloaded_tokenizers(config: Config, tokenizer: Any) -> None:
         other = list(theirs.encode(text, add_special_tokens=False))
         if other == ids:
             continue
-        at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
+        at = first_difference(ids, other)
         raise TeacherError(
             f"{shown} reads text as other token ids than `--hf-checkpoint={config.checkpoint.hf_checkpoint}`: a probe "
             f"text gives {len(other)} ids instead of {len(ids)}, from position {at} on {other[at : at + SHOWN]} "

@@ -157,13 +157,19 @@ def ids_digest(ids: list[int]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 
 
+def first_difference(ids: list[int], others: list[int]) -> int:
+    """The first position at which they differ; where one goes on after the other has ended, that end."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
+
+
 async def _compare_tokenizers(
     client: SGLangTeacher, flag: str, info: dict[str, Any], text: str, ids: list[int], expected: ExpectedTokenizer
 ) -> None:
     theirs = await teacher_ids(client, flag, info, text)
     if theirs == ids:
         return
-    at = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), min(len(ids), len(theirs)))
+    at = first_difference(ids, theirs)
     raise TeacherError(
         f"{flag}: the teacher `{info.get('model_path')}` reads text as other token ids than {expected.shown}: "
         f"a probe text gives {len(theirs)} ids (digest {ids_digest(theirs)}) instead of {len(ids)} "
