@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from opd.build_data import (
     answers_from_file,
@@ -21,18 +22,21 @@ from opd.cluster.place import ALONE, Place
 from opd.config.model_rules import max_context_len, student_facts
 from opd.config.schema import Config
 from opd.cost_account import CostAccount
+from opd.data.prompts import PromptDataset
 from opd.data.tokenizer import load_tokenizer
 from opd.interfaces import Critic
 from opd.preemption import StopRequest
 from opd.rollout.journal import journal_identity
 from opd.rollout.partial_state import check_in_flight
 from opd.run_state import RunState
+from opd.shared_failure import share_failure
 from opd.step import Parts
 from opd.teachers.coloaded_tokenizers import check_coloaded_tokenizers
 from opd.user_functions import custom_divergence
 
 if TYPE_CHECKING:
     from opd.megatron_backend.save_line import SaveLine
+    from opd.teachers.function_teacher import FunctionTeacher
 
 
 def build(config: Config, stack: ExitStack, stop: StopRequest, place: Place = ALONE) -> tuple[Parts, RunState]:
@@ -57,14 +61,7 @@ def build(config: Config, stack: ExitStack, stop: StopRequest, place: Place = AL
     eval_sets = evaluation_sets(config, tokenizer, context)
     answers = answers_from_file(config, tokenizer, context)
     leader = int(os.environ.get("RANK", "0")) == 0
-    if leader and config.opd.opd_type == "sglang" and not config.opd.opd_skip_teacher_selftest:
-        check_served_teachers(config, tokenizer, teacher_tokenizer)
-    if leader:
-        check_coloaded_tokenizers(config, tokenizer)
-    function = None
-    if leader and config.opd.opd_type == "custom":
-        function = custom_teacher(config, prompts.all()[0])
-        stack.callback(function.close)
+    function = _try_teachers(config, stack, prompts, tokenizer, teacher_tokenizer) if leader else None
     custom_divergence(config)  # tried before the models are loaded
 
     from opd.megatron_backend import device as megatron_device
@@ -84,20 +81,20 @@ def build(config: Config, stack: ExitStack, stop: StopRequest, place: Place = AL
     if answers is not None and state.answers is not None:
         answers.restore(state.answers)
 
-    writing = Writing()
-    if leader:
-        writing = build_writing(
-            config,
-            stack,
-            state,
-            place,
-            device=device,
-            context=context,
-            identity=identity,
-            text=text,
-            function=function,
-            tokenizer=tokenizer,
-        )
+    write = partial(
+        build_writing,
+        config,
+        stack,
+        state,
+        place,
+        device=device,
+        context=context,
+        identity=identity,
+        text=text,
+        function=function,
+        tokenizer=tokenizer,
+    )
+    writing = share_failure(trainer, write if leader else Writing)
     train_sampling, eval_sampling = sampling_params(config, stop_token_ids(config, tokenizer))
     parts = Parts(
         config=config,
@@ -120,6 +117,20 @@ def build(config: Config, stack: ExitStack, stop: StopRequest, place: Place = AL
         stop=stop,
     )
     return parts, state
+
+
+def _try_teachers(
+    config: Config, stack: ExitStack, prompts: PromptDataset, tokenizer: Any, teacher_tokenizer: Any | None
+) -> FunctionTeacher | None:
+    """Every teacher that can be tried before the models are loaded; the function of --opd-type custom is kept."""
+    check_coloaded_tokenizers(config, tokenizer)
+    if config.opd.opd_type == "sglang" and not config.opd.opd_skip_teacher_selftest:
+        check_served_teachers(config, tokenizer, teacher_tokenizer)
+    if config.opd.opd_type != "custom":
+        return None
+    function = custom_teacher(config, prompts.all()[0])
+    stack.callback(function.close)
+    return function
 
 
 def _critic(config: Config, place: Place, saves: SaveLine, *, resumed_step: int | None) -> Critic:

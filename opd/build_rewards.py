@@ -91,7 +91,7 @@ def score_wait(config: Config, reward: RewardFn) -> ScoreWait | None:
     if not config.scores_answers:
         return None
     return ScoreWait(
-        scorer=reward, largest_share=config.opd.opd_max_unscored_share, seconds=config.teacher_wait_seconds
+        scorer=reward, largest_share=config.opd.opd_max_unscored_share, seconds=config.opd.opd_teacher_wait
     )
 
 

@@ -5,7 +5,7 @@ Exporting is collective: every rank calls these functions, also those that do no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import torch
 
 from opd.errors import UpdateError
 from opd.interfaces import RolloutEngine
+from opd.shared_failure import share_failure
 
 if TYPE_CHECKING:
     from opd.step import Parts
@@ -22,24 +23,22 @@ def sync_weights(parts: Parts, *, version: int) -> float:
     """Gives the student's weights to the idle rollout engine and checks that both score the probe text alike.
 
     Returns:
-        the mean absolute difference on the probe, in nats per token.
+        the mean absolute difference on the probe, in nats per token; 0 on ranks that do not generate.
 
-    Raises:
+    Raises, on all ranks:
         WeightSyncError: it is above ``--max-logprob-mismatch``.
-        UpdateError: the student has no log-probs any more. On all ranks.
+        EngineError: the engine did not take them.
+        UpdateError: the student has no log-probs any more.
     """
     if parts.config.releases_engine_memory and torch.cuda.is_available():
         torch.cuda.empty_cache()  # the engine's memory comes back: this rank keeps only what it holds tensors in
+    engine = None if parts.rollout is None else parts.rollout.engine
     weights = parts.trainer.export_weights()
-    if parts.rollout is None:
-        for _ in weights:  # this rank takes part and drops the result
-            pass
-        _probe_logprobs(parts)
-        return 0.0
-    engine = parts.rollout.engine
-    engine.set_weights(weights, version=version)
-    return engine.verify(
-        parts.probe.tokens[0].tolist(), _probe_logprobs(parts), tolerance=parts.config.max_logprob_mismatch
+    share_failure(parts.trainer, lambda: _hand_over(weights, engine, version=version))
+    tokens, expected = parts.probe.tokens[0].tolist(), _probe_logprobs(parts)
+    tolerance = parts.config.max_logprob_mismatch
+    return share_failure(
+        parts.trainer, lambda: 0.0 if engine is None else engine.verify(tokens, expected, tolerance=tolerance)
     )
 
 
@@ -47,11 +46,12 @@ def release_engine_memory(parts: Parts) -> None:
     """Before training, with --colocate: what an idle engine holds on the GPUs that it shares with the training ranks is
     theirs until the next ``sync_weights``.
 
-    Raises:
+    Raises, on all ranks:
         EngineError, WeightSyncError: a server refused.
     """
-    if parts.config.releases_engine_memory and parts.rollout is not None:
-        parts.rollout.engine.release_memory()
+    if parts.config.releases_engine_memory:
+        rollout = parts.rollout
+        share_failure(parts.trainer, lambda: None if rollout is None else rollout.engine.release_memory())
 
 
 def weights_for_later(parts: Parts, *, version: int) -> Callable[[], None] | None:
@@ -76,6 +76,16 @@ def weights_for_later(parts: Parts, *, version: int) -> Callable[[], None] | Non
         version=version,
         tolerance=parts.config.max_logprob_mismatch,
     )
+
+
+def _hand_over(weights: Iterator[tuple[str, torch.Tensor]], engine: RolloutEngine | None, *, version: int) -> None:
+    """Whatever the engine does, this rank takes part in the export to its end: the others wait for it."""
+    try:
+        if engine is not None:
+            engine.set_weights(weights, version=version)
+    finally:
+        for _ in weights:
+            pass
 
 
 def _probe_logprobs(parts: Parts) -> list[float]:

@@ -12,6 +12,7 @@ import torch
 
 from opd.data.batching import make_batch
 from opd.saved_answers import choose, spread
+from opd.shared_failure import share_failure
 from opd.step_metrics import saved_values
 from opd.training_signal import with_reverse_kl
 from opd.types import Sample
@@ -26,17 +27,16 @@ def evaluate(parts: Parts, step: int) -> dict[str, float]:
     All ranks take part in scoring some of the first set's answers, for the report.
     """
     started = time.monotonic()
-    metrics: dict[str, float] = {}
-    answers: list[Sample] | None = None
-    if parts.eval_rollout is not None:
-        metrics, answers = _write(parts)
+    metrics, answers = share_failure(parts.trainer, lambda: _write(parts))
     if parts.config.saved_samples:
         _record(parts, step, answers)
     return metrics and {**metrics, "time_eval": time.monotonic() - started}
 
 
-def _write(parts: Parts) -> tuple[dict[str, float], list[Sample]]:
-    """The accuracies, and the answers to the first set."""
+def _write(parts: Parts) -> tuple[dict[str, float], list[Sample] | None]:
+    """The accuracies, and the answers to the first set; nothing on ranks that do not generate."""
+    if parts.eval_rollout is None:
+        return {}, None
     samples_per_prompt = parts.config.eval.n_samples_per_eval_prompt
     metrics: dict[str, float] = {}
     first: list[Sample] = []
@@ -61,11 +61,9 @@ def _record(parts: Parts, step: int, answers: list[Sample] | None) -> None:
     scored = None if answers is None else _scored(answers, config.saved_samples, config.parallel.data_parallel_size)
     if not trainer.on_any_rank(bool(scored)):
         return
-    batch = None
-    if scored:
-        if parts.eval_scoring is not None:
-            parts.eval_scoring.score(scored)
-        batch = make_batch(scored, torch.zeros(len(scored)), samples_per_step=len(scored))
+    scoring = parts.eval_scoring
+    share_failure(trainer, lambda: scoring.score(scored) if scored and scoring is not None else None)
+    batch = make_batch(scored, torch.zeros(len(scored)), samples_per_step=len(scored)) if scored else None
     batch = trainer.forward_logprobs(trainer.load(batch), "student")
     if config.opd.opd_type == "megatron":
         batch = trainer.forward_logprobs(batch, "teacher")

@@ -130,6 +130,9 @@ class Trainer(Protocol):
     def on_any_rank(self, yes: bool) -> bool:
         """Whether any rank, of all kinds, says ``yes``."""
 
+    def from_first_rank(self, value: Any) -> Any:
+        """What the first rank passed, on every rank, however long that takes to come."""
+
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The student's weights under Hugging Face names, whole tensors on every rank."""
 

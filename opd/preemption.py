@@ -16,6 +16,8 @@ from types import FrameType
 class Preempted(BaseException):
     """The run stops because it was asked to. No ``Exception``: nothing that mends errors may catch it."""
 
+    on_all_ranks = True  # see ``UserError``
+
 
 class StopRequest:
     """Whether somebody asked the run to stop. Without ``listen`` nobody does.

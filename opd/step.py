@@ -32,6 +32,7 @@ from opd.rollout.plan import RolloutPlan, RolloutPlanner, RolloutWriter
 from opd.rollout.staleness import overlap_metrics, staleness_metrics
 from opd.run_state import RunState, save_due
 from opd.saved_answers import choose
+from opd.shared_failure import share_failure
 from opd.step_clock import Clock
 from opd.step_metrics import batch_metrics, engine_idle_shares, idle_shares, rollout_metrics, saved_values
 from opd.training_signal import add_training_signal, outcome_advantages
@@ -152,9 +153,9 @@ def next_rollout(
     """
     ahead, last = parts.config.rollouts_ahead, parts.config.rollout.num_rollout
     if ahead == 0:
-        return *line.write_now(), {}
+        return *share_failure(parts.trainer, line.write_now), {}
     line.start_through(step)  # nothing is under way at the first step of a run
-    plan, taken = line.take()
+    plan, taken = share_failure(parts.trainer, line.take)
     metrics = overlap_metrics(taken)
     load_weights = None
     if line.version < step - 1 and line.started_through < last:
@@ -216,12 +217,12 @@ def saving_on_failure(parts: Parts, state: RunState) -> Iterator[None]:
     SIGTERM; but no student that has no log-probs any more. After SIGTERM an error is taken for its consequence: engines
     of the same job get it too.
 
-    A save takes all ranks, so with several only an error that all of them raise leads to one.
+    A save takes all ranks: with several, only what stops all of them leads to one (``share_failure``).
     """
     try:
         yield
     except (UserError, KeyboardInterrupt, Preempted) as error:
-        everywhere = parts.config.parallel.world_size == 1 or isinstance(error, UnscoredError | Preempted)
+        everywhere = parts.config.parallel.world_size == 1 or getattr(error, "on_all_ranks", False)  # not Ctrl-C
         folder, worthless = parts.config.checkpoint.save, isinstance(error, UpdateError)
         if folder and state.step > 0 and everywhere and not worthless:
             if not finish_save(parts, wait=True) or not state.on_disk:

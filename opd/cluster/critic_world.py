@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from typing import TYPE_CHECKING, Any
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Ranks that wait for the next request wait in a collective, which gives up after --distributed-timeout-minutes.
-IDLE_SECONDS = 20.0
 Request = tuple[str, Any]
 
 
@@ -52,8 +48,6 @@ def serve_critic(config: Config, link: CriticLink) -> None:
             name, argument = _shared(requests.next() if requests is not None else None)
             if name == "close":
                 return
-            if name == "idle":
-                continue
             answer = critic.answer(name, argument)
             if requests is not None:
                 requests.reply(answer)
@@ -102,49 +96,34 @@ def _share(batch: TokenBatch) -> TokenBatch:
 
 def _shared(request: Request | None) -> Request:
     """Rank 0's request on all ranks."""
-    box = [request]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    from opd.megatron_backend.over_ranks import from_first_rank
+
+    return from_first_rank(request)
 
 
 class _Requests:
-    """Takes the training ranks' requests, on a thread, so that waiting for them can be interrupted by "idle"."""
+    """Of the training ranks' rank 0."""
 
     def __init__(self, link: CriticLink) -> None:
         self._listener = Listener((link.host, link.port), authkey=link.secret)
-        self._queue: queue.SimpleQueue[Request | EOFError | OSError] = queue.SimpleQueue()
         self._connection: Connection | None = None
-        threading.Thread(target=self._receive, name="critic requests", daemon=True).start()
 
     def next(self) -> Request:
-        """("idle", None) when there is none for a while.
-
-        Raises:
-            ClusterError: the training ranks are gone.
+        """Raises:
+        ClusterError: the training ranks are gone.
         """
-        try:
-            request = self._queue.get(timeout=IDLE_SECONDS)
-        except queue.Empty:
-            return "idle", None
-        if isinstance(request, OSError | EOFError):
-            raise ClusterError("the connection to the training ranks broke: one of them has ended") from request
-        return request
-
-    def reply(self, answer: Any) -> None:
-        try:
-            send(self._connection, answer)
-        except OSError as error:
-            raise ClusterError("the connection to the training ranks broke: one of them has ended") from error
-
-    def _receive(self) -> None:
         while self._connection is None:
             try:
                 self._connection = self._listener.accept()
             except (OSError, EOFError, AuthenticationError) as error:
                 logger.warning("a connection to the critic was refused: %s", type(error).__name__)
         try:
-            while True:
-                self._queue.put(receive(self._connection))
+            return receive(self._connection)
         except (OSError, EOFError) as error:
-            self._queue.put(error)
+            raise ClusterError("the connection to the training ranks broke: one of them has ended") from error
+
+    def reply(self, answer: Any) -> None:
+        try:
+            send(self._connection, answer)
+        except OSError as error:
+            raise ClusterError("the connection to the training ranks broke: one of them has ended") from error

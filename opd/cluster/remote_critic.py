@@ -81,15 +81,16 @@ class RemoteCritic:
 
     def _answer(self) -> Any:
         """The critic's, on all ranks; an error of it is raised on all of them."""
-        box: list[Any] = [None]
+        from opd.megatron_backend.over_ranks import from_first_rank
+
+        answer = None
         if self._connection is not None:
             with _told_when_lost(self._link):
-                box = [receive(self._connection)]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return box[0]
+                answer = receive(self._connection)
+        answer = from_first_rank(answer)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
 
 @contextmanager

@@ -23,14 +23,9 @@ def asking_rows(config: Config, found: list[TeacherSpec]) -> list[tuple[str, str
 
 
 def _patience(config: Config) -> str:
-    opd, seconds = config.opd, config.teacher_wait_seconds
-    share = f"above {opd.opd_max_unscored_share:.3g} of a rollout's samples"
-    if seconds == 0:
-        return f"{share} the run saves and stops"
-    capped = ""
-    if seconds < opd.opd_teacher_wait:
-        capped = f" (--opd-teacher-wait={opd.opd_teacher_wait:g}, cut to what the other ranks' time-out leaves)"
-    return f"{share} the run waits up to {seconds:g} s for the teacher{capped}, then saves and stops"
+    share, seconds = config.opd.opd_max_unscored_share, config.opd.opd_teacher_wait
+    wait = f"waits up to {seconds:g} s for the teacher, then " if seconds else ""
+    return f"above {share:.3g} of a rollout's samples the run {wait}saves and stops"
 
 
 def _has_choice(teacher: TeacherSpec) -> bool:

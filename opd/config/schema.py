@@ -160,14 +160,6 @@ class Config:
         return self.algorithm.use_kl_loss or self.algorithm.kl_coef != 0
 
     @property
-    def teacher_wait_seconds(self) -> float:
-        """--opd-teacher-wait, but no longer than the other ranks wait at their next collective."""
-        opd, patience = self.opd, 0.8 * 60 * self.output.distributed_timeout_minutes
-        if self.parallel.world_size == 1:
-            return opd.opd_teacher_wait
-        return max(0.0, min(opd.opd_teacher_wait, patience - opd.opd_teacher_deadline))
-
-    @property
     def releases_engine_memory(self) -> bool:
         """Whether SGLang engines give the GPU memory that they share with the training ranks away while these train.
         An engine that writes ahead works meanwhile and cannot."""

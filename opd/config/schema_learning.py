@@ -79,7 +79,7 @@ class OpdFlags:
     opd_teacher_retries: int = flag(3, "retries of one scoring request that times out or gets no proper answer, before the sample is masked; a server that is down or busy is asked until --opd-teacher-deadline")
     opd_teacher_deadline: float = flag(300.0, "seconds for one sample, all attempts and the waiting for a server that is down included, before it is masked")
     opd_teacher_hedge: float = flag(3.0, "several addresses: another one is asked too when a request takes this many times the median; 0: never")
-    opd_teacher_wait: float = flag(600.0, "seconds to wait for the teacher, and to ask again, when it leaves more than --opd-max-unscored-share of a rollout without a score; then the run stops (after saving). With several ranks at most what --distributed-timeout-minutes leaves")
+    opd_teacher_wait: float = flag(600.0, "seconds to wait for the teacher, and to ask again, when it leaves more than --opd-max-unscored-share of a rollout without a score; then the run stops (after saving)")
     opd_teacher_concurrency: int = flag(64, "samples that are being scored at each address")
     opd_teacher_batch: int = flag(64, "samples in one scoring request: those that wait for an address at the same time go together; 1, behind a router: each by itself")
     opd_teacher_ca_file: str | None = flag(None, "PEM file with the certificates to trust at https addresses, in place of the system's")

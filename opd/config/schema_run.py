@@ -21,7 +21,7 @@ class OutputFlags:
     num_saved_samples: int = flag(8, "samples per rollout written to OUTPUT_DIR/samples/ with their per-token values")
     num_saved_alternatives: int = flag(5, "likeliest tokens of the student and of its teacher recorded at each token of a saved sample; 0: none")
     trust_remote_code: bool = flag(False, "run code that comes with a Hugging Face folder")
-    distributed_timeout_minutes: int = flag(10, "time-out of collectives")
+    distributed_timeout_minutes: int = flag(10, "time-out of collectives; waiting for a rollout has none")
 
 
 @dataclass(frozen=True, kw_only=True)

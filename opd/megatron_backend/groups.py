@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+FOREVER = datetime.timedelta(days=365)
+_patient: list[dist.ProcessGroup] = []
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSizes:
@@ -90,6 +93,8 @@ def init_distributed(
         world_size=world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
+    if world_size > 1:
+        _patient.append(dist.new_group(backend="gloo", timeout=FOREVER))
     _make_groups(sizes, timeout_minutes)
     model_parallel_cuda_manual_seed(seed)
 
@@ -128,12 +133,19 @@ class Layout:
             _use_groups(before)
 
 
+def patient_group() -> dist.ProcessGroup:
+    """All ranks, on the host, without a time-out: for waiting until one of them has written a rollout. One that is gone
+    is noticed all the same, by its connections. Not there in a world of one."""
+    return _patient[0]
+
+
 def shutdown() -> None:
     """Leaves the world. Safe to call twice, or before ``init_distributed``."""
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state as mpu
 
+    _patient.clear()
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -20,12 +20,13 @@ from opd.megatron_backend.hf_export import export_hf
 from opd.megatron_backend.lora import merged_view
 from opd.megatron_backend.losses import loss_terms
 from opd.megatron_backend.optimizer import TrainableModel
+from opd.megatron_backend.over_ranks import from_all_shares, from_first_rank, on_any_rank, sum_over_ranks
 from opd.megatron_backend.peft_export import save_peft_adapter
 from opd.megatron_backend.pipeline import micro_batch_limit
 from opd.megatron_backend.response_scores import ResponseScores, response_scores
 from opd.megatron_backend.save_line import SaveLine
 from opd.megatron_backend.teacher_pass import TeacherPass
-from opd.megatron_backend.update import from_all_shares, mean_of, on_any_rank, optimizer_steps, sum_over_ranks
+from opd.megatron_backend.update import mean_of, optimizer_steps
 from opd.teachers.coloaded_teacher import ColoadedTeacher, MovingAverageTeacher
 from opd.types import TokenBatch
 
@@ -63,10 +64,7 @@ class MegatronTrainer:
 
     def load(self, batch: TokenBatch | None) -> TokenBatch:
         """This data-parallel rank's share of rank 0's batch; the other ranks pass None."""
-        if dist.get_world_size() > 1:
-            box = [batch]
-            dist.broadcast_object_list(box, src=0)
-            batch = box[0]
+        batch = from_first_rank(batch)
         if batch is None:
             raise ValueError("rank 0 has to give the batch")
         return rank_share(batch, rank=mpu.get_data_parallel_rank(), size=mpu.get_data_parallel_world_size())
@@ -126,6 +124,10 @@ class MegatronTrainer:
     def on_any_rank(self, yes: bool) -> bool:
         """See ``Trainer.on_any_rank``: one number over all ranks."""
         return on_any_rank(yes)
+
+    def from_first_rank(self, value: Any) -> Any:
+        """See ``Trainer.from_first_rank``."""
+        return from_first_rank(value)
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return export_hf_weights(self._student.model)
@@ -193,12 +195,9 @@ class MegatronTrainer:
             save_peft_adapter(self._student.model, folder, base_model_name_or_path=base)
         except OSError as error:  # on rank 0, which writes; the checkpoint itself is in place
             failure = error
-        reasons: list[str | None] = [None if failure is None else str(failure)]
-        dist.broadcast_object_list(reasons, src=0)
-        if reasons[0] is not None:
-            raise checkpoint.CheckpointError(
-                f"could not write the PEFT adapter to `{folder}`: {reasons[0]}"
-            ) from failure
+        reason = from_first_rank(None if failure is None else str(failure))
+        if reason is not None:
+            raise checkpoint.CheckpointError(f"could not write the PEFT adapter to `{folder}`: {reason}") from failure
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written, and leaves the process groups."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from opd.maths.masking import token_weights
 from opd.megatron_backend.losses import LossTerm, Sums, weighted_sum
 from opd.megatron_backend.moe import share_out_balancing
 from opd.megatron_backend.optimizer import TrainableModel
+from opd.megatron_backend.over_ranks import sum_over_ranks
 from opd.megatron_backend.pipeline import current_device, from_last_stage, run, split
 from opd.types import TokenBatch
 
@@ -57,38 +57,6 @@ def optimizer_steps(
 
 def mean_of(metrics: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-
-
-def sum_over_ranks(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
-    """Adds up, or takes the largest of, per-share numbers over the data-parallel ranks."""
-    if mpu.get_data_parallel_world_size() == 1:
-        return {**sums, **maxima}
-    merged = {}
-    for values, op in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=current_device())
-        dist.all_reduce(tensor, op=op, group=mpu.get_data_parallel_group())
-        merged.update(zip(values, tensor.tolist(), strict=True))
-    return merged
-
-
-def from_all_shares(values: dict[int, Any]) -> dict[int, Any]:
-    """On rank 0 the entries of all data-parallel shares; elsewhere only this rank's. The other groups of data-parallel
-    ranks hold the same shares as rank 0's."""
-    group = mpu.get_data_parallel_group()
-    if group.size() == 1 or 0 not in dist.get_process_group_ranks(group):
-        return values
-    shares: list[Any] | None = [None] * group.size() if dist.get_rank() == 0 else None
-    dist.gather_object(values, shares, dst=0, group=group)
-    return values if shares is None else {key: value for share in shares for key, value in share.items()}
-
-
-def on_any_rank(yes: bool) -> bool:
-    """Over data-, tensor-, pipeline- and context-parallel ranks alike."""
-    if dist.get_world_size() == 1:
-        return yes
-    flag = torch.tensor(float(yes), device=current_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
 
 
 def _optimizer_step(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from opd import step
-from opd.config.schema import CheckpointFlags, Config
+from opd.config.schema import CheckpointFlags, Config, ParallelFlags
 from opd.errors import UpdateError, UserError, WeightSyncError
 from opd.megatron_backend.checkpoint_layout import CheckpointError
 from opd.run_state import RunState
@@ -81,6 +82,19 @@ def test_a_run_that_is_stopped_waits_and_saves_again_what_failed(written: bool, 
     with pytest.raises(UserError, match="mend me"), saving_on_failure(_with_stop(saves.parts()), state.saved()):
         raise UserError("mend me")
     assert saves.saved == saved and saves.under_way is None
+
+
+@pytest.mark.parametrize(("everywhere", "saved"), [(True, [2]), (False, [])])
+def test_several_ranks_save_what_stops_all_of_them(everywhere: bool, saved: list[int]) -> None:
+    """A save takes all ranks, so one that failed alone cannot."""
+    saves = Saves(True)
+    parts = _with_stop(saves.parts())
+    parts.config = replace(parts.config, parallel=ParallelFlags(actor_num_gpus_per_node=2))
+    error = UserError("mend me")
+    error.on_all_ranks = everywhere
+    with pytest.raises(UserError, match="mend me"), saving_on_failure(parts, RunState(step=2)):
+        raise error
+    assert saves.saved == saved
 
 
 def test_a_student_without_log_probs_is_not_saved() -> None:

@@ -36,8 +36,7 @@ TWO = "http://a:1/generate,http://b:1/generate"
         (
             "--actor-num-gpus-per-node 2 --opd-max-unscored-share 0.25",
             "up to 64 samples in one request; at most 300 s for a sample, retries and waiting included",
-            "above 0.25 of a rollout's samples the run waits up to 180 s for the teacher (--opd-teacher-wait=600, cut "
-            "to what the other ranks' time-out leaves), then saves and stops",
+            "above 0.25 of a rollout's samples the run waits up to 600 s for the teacher, then saves and stops",
         ),
     ],
 )
