@@ -53,6 +53,7 @@ def run(folder: str, ports: list[int]) -> dict[str, Any]:
 
     rank_device, rank, free = device.install(), int(os.environ["RANK"]), iter(ports)
     results: dict[str, Any] = {"converted": convert(f"{folder}/student", folder)}
+    gc.freeze()  # so that a collection looks at what a run leaves, not at the imported modules
     # Checkpoints of one rank, checkpoints of two, two ranks go on, one rank goes on.
     for saves, ranks in ((True, 1), (True, 2), (False, 2), (False, 1)):
         todo = [
