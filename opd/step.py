@@ -106,7 +106,8 @@ def train_step(parts: Parts, state: RunState, line: RolloutLine) -> tuple[dict[s
         with clock("sync"):
             release_engine_memory(parts)
         with clock("train"):
-            batch = trainer.load(rolled and make_training_batch(rolled, config))
+            batch = share_failure(trainer, lambda: rolled and make_training_batch(rolled, config))
+            batch = trainer.load(batch)
             batch = trainer.forward_logprobs(batch, "student")
             if config.needs_reference:
                 batch = trainer.forward_logprobs(batch, "reference")
@@ -239,7 +240,7 @@ def report_step(parts: Parts, step: int, metrics: dict[str, float], line: Rollou
     try:
         if parts.eval_sets and (step % flags.eval_interval == 0 or step == parts.config.rollout.num_rollout):
             with parts.stop.interruptible():
-                line.drain()  # one engine, one caller
+                share_failure(parts.trainer, line.drain)  # one engine, one caller; the other ranks wait for it too
                 if parts.config.rollouts_ahead > 0:
                     sync_weights(parts, version=step)
                     line.version = step
@@ -249,8 +250,8 @@ def report_step(parts: Parts, step: int, metrics: dict[str, float], line: Rollou
 
 
 def report(parts: Parts, step: int, metrics: dict[str, float]) -> None:
-    if parts.reporter is not None:
-        parts.reporter.step(step, metrics)
+    reporter = parts.reporter
+    share_failure(parts.trainer, lambda: None if reporter is None else reporter.step(step, metrics))
 
 
 def save(parts: Parts, state: RunState, *, must: bool) -> bool:

@@ -172,7 +172,8 @@ def saved_values(batch: TokenBatch, *, kl_coef: float) -> dict[int, dict[str, An
     rows = zip(batch.sample_N.tolist(), saved, batch.teacher_scored_N.tolist(), strict=True)
     for place, (sample, is_saved, scored) in enumerate(rows):
         if is_saved:
-            found = {name: column[place] for name, column in columns.items()}
+            # Copies: a view that is sent to another rank takes all of its storage along.
+            found = {name: column[place].clone() for name, column in columns.items()}
             found |= {name: top[sample] for name, top in likely.items() if sample in top}
             values[sample] = {k: v for k, v in found.items() if scored or k.startswith("student_")}
     return values

@@ -29,8 +29,12 @@ class EndedRank:
     @property
     def refused_its_flags(self) -> bool:
         """Exit status 2, as ``train.py`` ends when a flag names something that cannot be used."""
-        refused = self.end is not None and self.end.report is not None and self.end.report.outcome == "refused"
-        return refused and self.end.status == 2
+        return self.said_why and self.end.status == 2
+
+    @property
+    def said_why(self) -> bool:
+        """It ended with a message for the person at the terminal."""
+        return self.end is not None and self.end.report is not None and self.end.report.outcome == "refused"
 
     @property
     def tail(self) -> str:

@@ -25,10 +25,10 @@ from opd.cluster.ray_workers import THREADS, Node, RankWorker, ServerWorker
 from opd.config.schema import Config
 from opd.errors import UserError
 
-START_SECONDS = 120.0  # for an actor to come up on its node: it imports ray, and torch for a server's options
+START_SECONDS = 600.0  # for an actor to come up: it imports ray, and torch, from a disk that many may share
 STOP_SECONDS = 30.0
 OBSERVE_SECONDS = 20.0
-# Variables of the run's driver that its ranks get too, beside those of their own node.
+# Variables of the run's driver that its ranks and servers get too, beside those of their own node.
 _CARRIED = ("OMP_", "MKL_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "NCCL_", "GLOO_", "CUDA_DEVICE_MAX_")
 _CARRIED += ("SGLANG_", "WANDB_", "PYTHONPATH")
 
@@ -216,7 +216,8 @@ class Crew:
         }
         if number is not None:
             options |= {"name": _server_name("rollout", number), "namespace": self._namespace}
-        self._workers.append(ray.remote(kind).options(**options).remote())
+        arguments = (_carried_environment(self._config),) if kind is ServerWorker else ()
+        self._workers.append(ray.remote(kind).options(**options).remote(*arguments))
         return self._workers[-1]
 
     def _add_ranks(self, role: str, config: Config, workers: list[Any], nodes: list[Node], place: Place) -> None:

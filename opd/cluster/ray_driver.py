@@ -23,7 +23,8 @@ from opd.serving.teacher_servers import TeacherServers
 
 logger = logging.getLogger(__name__)
 
-FAREWELL_SECONDS = 5.0  # for the other ranks to notice that one has ended; rank 0 then prints its summary
+FAREWELL_SECONDS = 5.0  # for the other ranks to notice that one is gone; rank 0 then prints its summary
+REPORT_SECONDS = 120.0  # after an error that all ranks know of: rank 0 writes its report
 INTERRUPT_SECONDS = 60.0  # for a run of one rank to save after Ctrl-C
 
 
@@ -95,5 +96,6 @@ class _Until:
             self._passed_on = True
             self._crew.signal(signal.SIGTERM)
         if self._deadline is None and any(rank.failed for rank in self._crew.ended()):
-            self._deadline = self._now() + FAREWELL_SECONDS
+            told = all(rank.said_why for rank in self._crew.ended() if rank.failed)
+            self._deadline = self._now() + (REPORT_SECONDS if told else FAREWELL_SECONDS)
         return self._deadline is not None and self._now() > self._deadline

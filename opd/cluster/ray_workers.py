@@ -83,9 +83,15 @@ class RankWorker:
 
 
 class ServerWorker:
-    """Holds one SGLang server."""
+    """Holds one SGLang server.
 
-    def __init__(self) -> None:
+    Args:
+        environment: of the run's driver, what the servers are to have of it: the ranks have the same, and both ends of
+            a weight broadcast must agree about NCCL.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        os.environ.update(environment)  # the server inherits it; nothing else runs here
         self._server: SGLangServer | None = None
 
     def node(self) -> Node:
@@ -100,7 +106,7 @@ class ServerWorker:
             gpus: devices that it shares with training ranks; None: those that Ray reserved for this actor.
         """
         if gpus is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # the server inherits it; nothing else runs here
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         interface = interface_of(this_node().address)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -104,7 +104,7 @@ def _teachers_hidden(config: Config, teachers: list[ModelFacts], device: Device)
         return []
     layout, element = teacher_layout(config), element_bytes(config)
     samples = -(-config.samples_per_rollout // layout.dp)
-    tokens = samples * config.rollout.rollout_max_response_len // layout.cp
+    tokens = samples * config.rollout.rollout_max_response_len  # whole on every context-parallel rank
     width = max(facts.hidden_size for facts in teachers)
     matrices = sum(_table_numbers(config, facts, layout) for facts in teachers) * element
     items = [

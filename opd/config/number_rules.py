@@ -94,7 +94,8 @@ INTERVALS: dict[str, tuple[Interval, str]] = {
     "rollout_max_running_requests": (_ONE_OR_MORE, "Give the answers decoded at the same time."),
     "rollout_num_gpus": (_ONE_OR_MORE, "Give the devices for SGLang engines."),
     "rollout_num_gpus_per_engine": (_ONE_OR_MORE, "Give the tensor-parallel size of one SGLang engine."),
-    "sglang_server_timeout": (_POSITIVE, "It is in seconds: give 180."),
+    "sglang_server_timeout": (_POSITIVE, "It is in seconds: give 1800."),
+    "sglang_request_timeout": (_POSITIVE, "It is in seconds: give 14400."),
     "sglang_mem_fraction_static": (
         Interval(0, 1, low_open=True, high_open=True),
         "It is a share of the device's memory: give 0.7.",

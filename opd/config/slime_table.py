@@ -90,9 +90,8 @@ VALUES: dict[tuple[str, str], Treatment] = {
 
 RENAMED: dict[str, Treatment] = {
     "log-probs-chunk-size": _renamed("--logits-chunk-tokens"),
-    "sglang-server-concurrency": _renamed(
-        "--rollout-max-running-requests", why="it counts the answers in flight on all engines together."
-    ),
+    "sglang-server-concurrency": _renamed("--rollout-max-running-requests"),
+    "sglang-router-request-timeout-secs": _renamed("--sglang-request-timeout"),
     "use-slime-router": _renamed("--use-sglang-router", why="SGLang's own router serves."),
 }
 
@@ -147,7 +146,7 @@ _IGNORED: dict[str, str] = {
     "after each weight sync the engine's log-probs are compared with the trainer's anyway (--max-logprob-mismatch).": (
         "check-weight-update-equal"
     ),
-    "HTTP goes to the servers directly.": "http-proxy use-distributed-post sglang-router-request-timeout-secs",
+    "HTTP goes to the servers directly.": "http-proxy use-distributed-post",
     "attention is packed by Megatron's own rule.": "allgather-cp",
     "batches do not travel by file.": "rollout-data-dir rollout-io-concurrency",
     "Ray says how many devices a machine has.": "num-gpus-per-node",
@@ -235,7 +234,7 @@ _REFUSED: dict[str, str] = {
         "sglang-dtype sglang-kv-cache-dtype sglang-quantization"
     ),
     "the run sets it. Give --rollout-max-context-len.": "sglang-context-length",
-    "the run sets it. Give --rollout-max-running-requests, of all engines together.": "sglang-max-running-requests",
+    "the run sets it. Give --rollout-max-running-requests.": "sglang-max-running-requests",
     "the environment is given to the launcher (`ray job submit --runtime-env-json`, or the shell). Drop it.": (
         "train-env-vars"
     ),

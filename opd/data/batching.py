@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import torch
@@ -157,9 +158,9 @@ def micro_batches(lengths: list[int], limit: MicroBatchLimit, *, at_least: int =
 def balanced_partition(lengths: list[int], parts: int, labels: list[int]) -> list[list[int]]:
     """Longest first, each to the part with the fewest tokens so far, fewest members on a tie."""
     result: list[list[int]] = [[] for _ in range(parts)]
-    load = [0] * parts
+    loads = [(0, 0, part) for part in range(parts)]  # tokens, members, which
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        target = min(range(parts), key=lambda p: (load[p], len(result[p]), p))
-        result[target].append(labels[i])
-        load[target] += lengths[i]
+        tokens, members, part = loads[0]
+        result[part].append(labels[i])
+        heapq.heapreplace(loads, (tokens + lengths[i], members + 1, part))
     return result

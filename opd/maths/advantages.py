@@ -81,5 +81,9 @@ def whiten(values_T: torch.Tensor, mask_T: torch.Tensor, *, group: dist.ProcessG
 
 
 def _sum_over(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.all_reduce(tensor, group=group)
+    """In place; NCCL adds up on the device alone."""
+    if group is None:
+        return
+    moved = tensor.cuda() if dist.get_backend(group) == dist.Backend.NCCL else tensor
+    dist.all_reduce(moved, group=group)
+    tensor.copy_(moved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,15 @@ from opd.megatron_backend.hf_bridge import (
 )
 from opd.megatron_backend.lora import add_adapters
 from opd.megatron_backend.moe import ExpertSettings
-from opd.megatron_backend.optimizer import TrainableModel, fuses_gradient_accumulation, make_trainable
+from opd.megatron_backend.optimizer import (
+    TrainableModel,
+    allocate_moments,
+    fuses_gradient_accumulation,
+    make_trainable,
+)
 from opd.megatron_backend.pipeline import micro_batch_limit
 from opd.megatron_backend.save_line import SaveLine
+from opd.megatron_backend.shared_folder import check_shared
 from opd.megatron_backend.teacher_layout import RelaidTeacher
 from opd.megatron_backend.teacher_pass import Teacher, TeacherPass
 from opd.megatron_backend.trainer import MOVING_AVERAGE_FOLDER, MegatronTrainer
@@ -46,8 +53,12 @@ def build_trainer(config: Config, device: torch.device) -> tuple[MegatronTrainer
         CheckpointError, UnsupportedModelError, FileNotFoundError: a folder that cannot be used.
     """
     join_world(config, device)
+    if config.checkpoint.save is not None:
+        check_shared("save", config.checkpoint.save)
     sizes = parallel_sizes(config)
     student, extra = _build_student(config, sizes)
+    if config.releases_engine_memory and device.type == "cuda":
+        allocate_moments(student.optimizer)
     moving_average = None
     reference = _reference(config, sizes) if _needs_initial_weights(config) else None
     teacher_pass = None
@@ -69,6 +80,9 @@ def build_trainer(config: Config, device: torch.device) -> tuple[MegatronTrainer
 
 def join_world(config: Config, device: torch.device) -> None:
     """The ranks of this world find each other; for ``build_critic`` without a trainer."""
+    if config.rollout.rollout_engine == "sglang":
+        # SGLang turns it off for itself, and both ends of a weight broadcast must do the same. NCCL reads it once.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     init_distributed(
         parallel_sizes(config),
         device=device,

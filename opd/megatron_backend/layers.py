@@ -173,7 +173,7 @@ class SdpaAttention(MegatronModule):
         for bucket in plan.buckets:
             q = _pick(query, bucket.query_index).transpose(1, 2)
             k, v = (_pick(x, bucket.key_index).transpose(1, 2) for x in (key, value))
-            out = self._attend(q, k, v, mask=bucket.mask).transpose(1, 2)  # [sequences, queries, H, D]
+            out = self._attend(q, k, v, mask=bucket.mask()).transpose(1, 2)  # [sequences, queries, H, D]
             outputs.append(out.flatten(0, 1).index_select(0, bucket.real_queries))
         return torch.cat(outputs).index_select(0, plan.restore_order).flatten(1)
 
@@ -192,7 +192,13 @@ class Bucket:
     query_index: torch.Tensor  # [sequences, queries] into this rank's tokens; padding repeats a real one
     real_queries: torch.Tensor  # flat positions of [sequences, queries] that are not padding
     key_index: torch.Tensor  # [sequences, keys] into the gathered tokens, in order of position
-    mask: torch.Tensor | None  # [sequences, 1, queries, keys], True: attend; None: plainly causal
+    query_positions: torch.Tensor | None  # [sequences, queries] in their sequences; None: all, in order
+
+    def mask(self) -> torch.Tensor | None:
+        """[sequences, 1, queries, keys], True: attend; None: plainly causal. Not kept: it has T x T entries."""
+        if self.query_positions is None:
+            return None
+        return _causal_mask(self.query_positions, self.key_index.size(1))[:, None]
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ def pack_plan(lengths: tuple[int, ...], cp: int, rank: int, device: torch.device
         columns = torch.arange(queries)
         query_index = torch.stack([starts[i] + columns.clamp(max=local[i] - 1) for i in members])
         is_real = torch.stack([columns < local[i] for i in members])
-        key_rows, mask_rows = [], []
+        key_rows, position_rows = [], []
         for i in members:
             # Gathered tokens lie rank by rank, each rank's in pack order.
             positions = _zigzag_positions(lengths[i], cp)
@@ -237,11 +243,12 @@ def pack_plan(lengths: tuple[int, ...], cp: int, rank: int, device: torch.device
             by_position = where[torch.cat(positions).argsort()]
             key_rows.append(by_position[torch.arange(keys).clamp(max=lengths[i] - 1)])
             # Padded queries repeat the last one, so that no row of the mask is empty.
-            mask_rows.append(positions[rank][columns.clamp(max=local[i] - 1)])
-        mask = _causal_mask(torch.stack(mask_rows), keys)[:, None].to(device) if cp > 1 else None
+            position_rows.append(positions[rank][columns.clamp(max=local[i] - 1)])
+        positions_SQ = torch.stack(position_rows).to(device) if cp > 1 else None
         real_queries = is_real.flatten().nonzero()[:, 0]
         order.append(query_index.flatten()[real_queries])
-        buckets.append(Bucket(query_index.to(device), real_queries.to(device), torch.stack(key_rows).to(device), mask))
+        key_index = torch.stack(key_rows).to(device)
+        buckets.append(Bucket(query_index.to(device), real_queries.to(device), key_index, positions_SQ))
     return PackPlan(tuple(buckets), torch.cat(order).argsort().to(device))
 
 
@@ -268,7 +275,7 @@ def _zigzag_positions(length: int, cp: int) -> list[torch.Tensor]:
 
 def _causal_mask(query_positions: torch.Tensor, num_keys: int) -> torch.Tensor:
     """[..., queries] -> [..., queries, keys], True where the query may look; keys are in order of position."""
-    return torch.arange(num_keys) <= query_positions[..., None]
+    return torch.arange(num_keys, device=query_positions.device) <= query_positions[..., None]
 
 
 def _pick(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,18 @@ def make_trainable(model: BridgedModel | ModelParts, config: Config, *, total_op
     )
 
 
+def allocate_moments(optimizer: MegatronOptimizer) -> None:
+    """Gives Adam's moments their memory, as zeros, before the first step does: a server that shares the device sizes
+    its cache by what is free when it starts. Moments that are there, of a checkpoint, stay."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.is_stub_optimizer:
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.AdamW):  # counts each parameter's steps beside them
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.zeros(()))
+
+
 def fuses_gradient_accumulation(flags: ParallelFlags) -> bool:
     """Whether --gradient-accumulation-fusion takes effect: its kernel is apex's or Transformer Engine's."""
     return flags.gradient_accumulation_fusion and _has_fusion_kernel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,13 @@ def whole_tokens(micro: MicroBatch, values_KR: torch.Tensor) -> torch.Tensor:
     return over_context_ranks(whole)
 
 
+def whole_rows(micro: MicroBatch, values_RH: torch.Tensor) -> torch.Tensor:
+    """As ``whole_tokens``, [response tokens of the micro-batch, H]."""
+    whole = values_RH.new_zeros(micro.packed.response_tokens, values_RH.shape[1])
+    whole[micro.packed.place_R] = values_RH
+    return over_context_ranks(whole)
+
+
 def gather_tokens(
     lengths: list[int],
     plan: list[list[int]],
@@ -168,11 +175,27 @@ def gather_tokens(
 
 def in_batch_order(lengths: list[int], plan: list[list[int]], pieces_KT: list[torch.Tensor]) -> torch.Tensor:
     """The pieces of the micro-batches side by side."""
-    offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    whole = pieces_KT[0].new_zeros(pieces_KT[0].shape[0], offsets[-1])
-    for indices, piece in zip(plan, pieces_KT, strict=True):
-        whole[:, torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])] = piece
+    whole = pieces_KT[0].new_zeros(pieces_KT[0].shape[0], sum(lengths))
+    for places_T, piece in zip(_places(lengths, plan), pieces_KT, strict=True):
+        whole[:, places_T] = piece
     return whole
+
+
+def rows_in_batch_order(lengths: list[int], plan: list[list[int]], pieces_TH: list[torch.Tensor]) -> torch.Tensor:
+    """The rows of the micro-batches' pieces, one sample after the other. Takes the pieces out of their list: together
+    they are as large as what is made of them, and that can be most of the host's memory."""
+    whole = pieces_TH[0].new_empty(sum(lengths), pieces_TH[0].shape[1])
+    pieces_TH.reverse()
+    for places_T in _places(lengths, plan):
+        whole[places_T] = pieces_TH.pop()
+    return whole
+
+
+def _places(lengths: list[int], plan: list[list[int]]) -> Iterator[torch.Tensor]:
+    """Of each micro-batch's tokens in the batch."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    for indices in plan:
+        yield torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in indices])
 
 
 def over_context_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,15 @@ from megatron.core import parallel_state as mpu
 from opd.data.batching import MicroBatchLimit
 from opd.maths.head import token_scores
 from opd.maths.likely import likely_tokens
-from opd.megatron_backend.pipeline import MicroBatch, gather_tokens, in_batch_order, run, split, whole_tokens
+from opd.megatron_backend.pipeline import (
+    MicroBatch,
+    gather_tokens,
+    rows_in_batch_order,
+    run,
+    split,
+    whole_rows,
+    whole_tokens,
+)
 from opd.types import TokenBatch, TopLogprobs
 
 
@@ -63,7 +71,7 @@ def response_scores(
         )
         outputs = {"scores": whole_tokens(micro, torch.stack(scores).float())}
         if keep_hidden:
-            outputs["hidden"] = whole_tokens(micro, hidden_RH.t().to(head.weight_VH.dtype)).cpu()
+            outputs["hidden"] = whole_rows(micro, hidden_RH.to(head.weight_VH.dtype)).cpu()
         if likely:
             outputs["likely"] = _likely(micro, hidden_RH, count=likely, temperature=temperatures[-1], chunk=chunk)
         return hidden_RH.new_zeros(()), outputs
@@ -75,7 +83,7 @@ def response_scores(
     *logprobs, entropy_T = scores
     hidden_TH = None
     if keep_hidden and mpu.is_pipeline_last_stage():
-        hidden_TH = in_batch_order(lengths, plan, [r["hidden"] for r in results]).t().contiguous()
+        hidden_TH = rows_in_batch_order(lengths, plan, [r.pop("hidden") for r in results])
     found: dict[int, TopLogprobs] = {}
     if likely:
         pieces = [r["likely"] for r in results]

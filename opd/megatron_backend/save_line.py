@@ -1,13 +1,13 @@
 """Checkpoints written one after the other: at once, or on a thread while training goes on (``--async-save``).
 
-The files of a save are written by this process, so that none is left over when it is killed, and the ranks agree about
-them in a process group of their own, which nothing in training uses. A job that fails stops those behind it: a
-student's checkpoint never appears without the critic's or the moving average's, which go before it.
+The files of a save are written by this process, so that none is left over when it is killed. The ranks agree about
+them in a process group without a time-out: one whose files are written waits for the slowest disk, and notices at once
+that another is gone. A job that fails stops those behind it: a student's checkpoint never appears without the critic's
+or the moving average's, which go before it.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch.distributed as dist
 
 from opd.megatron_backend.checkpoint_layout import CheckpointError
+from opd.megatron_backend.groups import FOREVER, patient_group
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,11 @@ class SaveLine:
             CheckpointError: without ``background``, when the job fails.
         """
         if not self.background:
-            job(None)
+            job(patient_group() if dist.get_world_size() > 1 else None)
             return
         if self._thread is None:
-            # Gloo: the thread has no part in the order of operations on an accelerator. A rank whose files are written
-            # waits for the slowest disk; that a rank is gone shows at once.
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+            # Of its own: the thread has no part in the order of what the training ranks do together.
+            self._group = dist.new_group(backend="gloo", timeout=FOREVER)
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._under_way.append(self._thread.submit(self._run, job))
 

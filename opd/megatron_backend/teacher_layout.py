@@ -92,7 +92,8 @@ class RelaidTeacher:
                     likely=likely,
                 )
             pieces = torch.stack([*scores.logprobs, scores.entropy_T]).split(part.response_lengths, dim=1)
-            values = _from_all_shares(dict(zip(share, pieces, strict=True)) if share else {})
+            own = [piece.clone() for piece in pieces]  # a pickled view takes all of its storage along
+            values = _from_all_shares(dict(zip(share, own, strict=True)) if share else {})
             found = _from_all_shares(scores.likely if share else {}) if likely else {}
         *logprobs, entropy_T = torch.cat([values[i] for i in mine], dim=1)
         return ResponseScores(
@@ -121,10 +122,11 @@ class RelaidTeacher:
                 continue
             source = self._sources[number]
             rows_TH = scored_TH if dist.get_rank() == source else None
-            pieces = _broadcast_rows(rows_TH, sum(lengths), width, dtype, source, keep=bool(wanted & set(order)))
-            if pieces is not None:
-                found |= {i: rows for i, rows in zip(order, pieces.split(lengths), strict=True) if i in wanted}
-        return torch.cat([found[i] for i in mine]) if wanted else None
+            ours = [i for i in order if i in wanted]
+            keep_T = torch.tensor([i in wanted for i in order]).repeat_interleave(torch.tensor(lengths))
+            kept_TH = _broadcast_rows(rows_TH, keep_T, width, dtype, source)
+            found |= dict(zip(ours, kept_TH.split([whole[i].response_length for i in ours]), strict=True))
+        return torch.cat([found.pop(i) for i in mine]) if wanted else None
 
     def _student_head(self, multiple: int) -> OutputHead | None:
         """This rank's rows of the teacher's head, in host memory; None before the student's last stage."""
@@ -143,10 +145,13 @@ class RelaidTeacher:
         for number, source in enumerate(sources):
             begin = number * rows  # in the whole vocabulary
             slice_VH = weight_VH if dist.get_rank() == source else None
-            got_VH = _broadcast_rows(slice_VH, rows, width, dtype, source, keep=keep)
             low, high = max(first, begin), min(first + own_rows, begin + rows, vocab_size)
-            if got_VH is not None and low < high:
-                own_VH[low - first : high - first] = got_VH[low - begin : high - begin]
+            ours_V = torch.zeros(rows, dtype=torch.bool)
+            if keep and low < high:
+                ours_V[low - begin : high - begin] = True
+            got_VH = _broadcast_rows(slice_VH, ours_V, width, dtype, source)
+            if len(got_VH):
+                own_VH[low - first : high - first] = got_VH
         if own_VH is None:
             return None
         return OutputHead(weight_VH=own_VH, vocab_size=vocab_size, group=group if group.size() > 1 else None)
@@ -223,18 +228,24 @@ def _ranks_by_number(number: int | None) -> list[int]:
 
 
 def _broadcast_rows(
-    rows_TH: torch.Tensor | None, count: int, width: int, dtype: torch.dtype, source: int, *, keep: bool
-) -> torch.Tensor | None:
-    """[count, width] of ``source``, in host memory, on the ranks that keep it; in pieces, so that the device holds few
-    of them at a time. All ranks of the world take part."""
-    kept = torch.empty(count, width, dtype=dtype) if keep else None
-    for begin in range(0, count, _ROWS_AT_A_TIME):
-        end = min(begin + _ROWS_AT_A_TIME, count)
-        if rows_TH is not None:
-            piece = rows_TH[begin:end].to(current_device(), dtype).contiguous()
+    rows_TH: torch.Tensor | None, keep_T: torch.Tensor, width: int, dtype: torch.dtype, source: int
+) -> torch.Tensor:
+    """The rows of ``source`` that this rank keeps, in host memory; all ranks of the world take part. In pieces, so that
+    the device holds few of them at a time.
+
+    Args:
+        rows_TH: on ``source``.
+        keep_T: bool, for each of its rows.
+    """
+    kept_KH = torch.empty(int(keep_T.sum()), width, dtype=dtype)
+    filled = 0
+    for keep in keep_T.split(_ROWS_AT_A_TIME):
+        if rows_TH is None:
+            piece = torch.empty(len(keep), width, dtype=dtype, device=current_device())
         else:
-            piece = torch.empty(end - begin, width, dtype=dtype, device=current_device())
+            piece, rows_TH = rows_TH[: len(keep)].to(current_device(), dtype).contiguous(), rows_TH[len(keep) :]
         dist.broadcast(piece, src=source)
-        if kept is not None:
-            kept[begin:end] = piece.cpu()
-    return kept
+        count = int(keep.sum())
+        kept_KH[filled : filled + count] = piece.cpu()[keep]
+        filled += count
+    return kept_KH

@@ -64,10 +64,14 @@ class MegatronTrainer:
 
     def load(self, batch: TokenBatch | None) -> TokenBatch:
         """This data-parallel rank's share of rank 0's batch; the other ranks pass None."""
-        batch = from_first_rank(batch)
-        if batch is None:
+        if batch is None and dist.get_rank() == 0:
             raise ValueError("rank 0 has to give the batch")
-        return rank_share(batch, rank=mpu.get_data_parallel_rank(), size=mpu.get_data_parallel_world_size())
+        size, mine = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        for rank in range(size):  # one after the other: with likely tokens a rollout has tens of gigabytes
+            share = from_first_rank(None if batch is None else rank_share(batch, rank=rank, size=size))
+            if rank == mine:
+                own = share
+        return own
 
     def forward_logprobs(self, batch: TokenBatch, model: str) -> TokenBatch:
         """See ``Trainer.forward_logprobs``.

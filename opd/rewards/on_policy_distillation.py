@@ -168,11 +168,11 @@ def _client(args: Any, url: str) -> SGLangTeacher:
     key_variable = getattr(args, "opd_teacher_api_key_env", None)
     settings = (
         url,
-        getattr(args, "opd_teacher_timeout", 60.0),
+        getattr(args, "opd_teacher_timeout", 300.0),
         getattr(args, "opd_teacher_retries", 3),
         getattr(args, "opd_teacher_concurrency", 64),
         os.environ.get(key_variable) if key_variable else None,
-        getattr(args, "opd_teacher_deadline", 300.0),
+        getattr(args, "opd_teacher_deadline", 1800.0),
         getattr(args, "opd_teacher_hedge", 3.0),
         getattr(args, "opd_teacher_ca_file", None),
         getattr(args, "opd_teacher_batch", 64),

@@ -282,6 +282,7 @@ def start_engine(
         sync_folder=started.folder / "weight_sync" if by_folder else None,
         model_folder=config.checkpoint.hf_checkpoint if by_folder else None,
         broadcast_from=device if method == "distributed" else None,
+        request_timeout_s=flags.sglang_request_timeout,
         max_restarts=flags.sglang_max_restarts,
         start_timeout_s=flags.sglang_server_timeout,
         shares_gpus=started.memory_saver,

@@ -62,7 +62,7 @@ def start_servers(
     if memory_saver:
         require_memory_saver()
     count = flags.rollout_num_gpus // flags.rollout_num_gpus_per_engine
-    per_server = -(-flags.rollout_max_running_requests // count)
+    per_server = flags.rollout_max_running_requests
     folder = Path(config.output.output_dir or tempfile.mkdtemp(prefix="opd-sglang-"))
     with ExitStack() as on_failure:
         servers = []
@@ -79,7 +79,9 @@ def start_servers(
         router = None
         if flags.use_sglang_router:
             urls = [server.url for server in servers]
-            router = SGLangRouter(urls, log_path=folder / "sglang_router.log")
+            router = SGLangRouter(
+                urls, log_path=folder / "sglang_router.log", request_timeout_s=flags.sglang_request_timeout
+            )
             on_failure.callback(router.stop)
             router.wait_ready(urls, flags.sglang_server_timeout)
         on_failure.pop_all()

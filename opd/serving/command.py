@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ CONTEXT_SLACK = 8
 # Without a limit the CPU engine sizes its KV cache by the machine's whole memory. 16,384 tokens of Qwen3-0.6B in
 # float32 are 3.7 GB; requests that do not fit wait in the server's queue.
 CPU_MAX_TOTAL_TOKENS = 16_384
+# A launcher's variables describe the training ranks; SGLang would take them for its own. With those of torchrun it
+# would wait for ever for a store that torchrun hosts for the training ranks alone.
+_LAUNCHERS = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +92,12 @@ def server_environment(base: Mapping[str, str], *, device: str, memory_saver: bo
     if memory_saver:
         # A health check that generates a token would compute in memory that is given away.
         environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
+        environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "true"  # its graphs' memory goes with the rest
+        # Pipeline stages of the trainer take different shares of the devices that one server spans.
+        environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "false"
     if device == "cpu":
         # Three processes with a thread pool each make two cores crawl.
         environment.setdefault("OMP_NUM_THREADS", "1")
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    # A launcher's variables describe the training ranks; SGLang would take them for its own.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return environment
+    return {name: value for name, value in environment.items() if not _LAUNCHERS.fullmatch(name)}

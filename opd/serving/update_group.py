@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +35,11 @@ class UpdateGroup:
         self.name = name
         self.device = device
         timeout = timedelta(seconds=JOIN_SECONDS)
-        store, rank, _ = next(rendezvous(f"tcp://{host}:{port}", 0, world_size, timeout=timeout))
-        store.set_timeout(timeout)
+        # Not by ``rendezvous``: under torchrun it takes every address for one where torchrun hosts the store.
+        store = dist.TCPStore(host, port, world_size, is_master=True, multi_tenant=True, timeout=timeout)
         self._group, _ = distributed_c10d._new_process_group_helper(
             world_size,
-            rank,
+            0,
             [],
             dist.Backend(backend_of(device)),
             dist.PrefixStore(name, store),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ CONTEXT = 1024
 START_SECONDS = 240.0  # 8 s on an idle machine with warm caches; the first import of sglang takes far longer
 # Files that change the shared server's weights come last, in this order: the first wants to find version 0 and leaves
 # it, the others leave other versions.
+# As in a rank that torchrun started. The servers, and broadcasts to them, must not take it for theirs: they would wait
+# for a store that nobody hosts.
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 CHANGE_WEIGHTS = ("test_sglang_engine", "test_answers_together", "test_sglang_survival")
 
 

@@ -56,6 +56,27 @@ def sync(folder: str) -> tuple[str, str, bool]:
     raise AssertionError("nothing was raised")
 
 
+def look_at(folders: list[str]) -> str:
+    """What a rank is told whose folder is not the first rank's; "" where it is."""
+    import torch.distributed as dist
+
+    from opd.megatron_backend import device
+
+    rank_device = device.install()
+    from opd.megatron_backend import groups, shared_folder
+    from opd.megatron_backend.checkpoint_layout import CheckpointError
+
+    shared_folder.SEEN_SECONDS = 0.5
+    groups.init_distributed(groups.ParallelSizes(), device=rank_device)
+    try:
+        shared_folder.check_shared("save", folders[dist.get_rank()])
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        groups.shutdown()
+    return ""
+
+
 def wait(seconds: float) -> Any:
     """What rank 0 has after ``seconds``, more than any other collective waits."""
     import torch.distributed as dist

@@ -33,6 +33,17 @@ def test_an_engine_that_refuses_the_weights_stops_all_ranks(tmp_path: Path) -> N
     assert all(message == "the server has no memory left" and together for _, message, together in told)
 
 
+def test_a_save_folder_that_machines_do_not_share_is_refused_at_the_start(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    arguments = {"folders": [str(one), str(other)]}
+    told = launch("tests.dist.failing:look_at", ranks=2, arguments=arguments)
+    assert told[0].startswith(f"`--save={one}` is not one folder for all ranks: rank 1: on ")
+    assert told[1].endswith("Give one that all machines share.")
+    arguments = {"folders": [str(one), str(one)]}
+    assert launch("tests.dist.failing:look_at", ranks=2, arguments=arguments) == ["", ""]
+    assert list(one.iterdir()) == []
+
+
 def test_ranks_wait_for_a_rollout_longer_than_for_any_collective() -> None:
     arguments = {"seconds": 12.0}  # other collectives give up after nine
     assert launch("tests.dist.failing:wait", ranks=2, arguments=arguments) == ["an answer"] * 2

@@ -52,7 +52,7 @@ def test_a_large_run_on_servers(workplace: Path, command: Callable[..., list[str
         "8 ranks: tensor 2 x pipeline 1 x context 1 x data 4, sequence parallel, optimizer states sharded",
         "torchrun --nnodes 2 --nproc-per-node 4 train.py, on each machine",
         "4 SGLang servers of tensor-parallel size 2",
-        "server at http://127.0.0.1:13141/generate, 64 requests in flight, 3 retries of 60 s",
+        "server at http://127.0.0.1:13141/generate, 64 requests in flight, 3 retries of 300 s",
         "both at temperature 1",
         "held_out (prompts.jsonl): before the first rollout and every 3 rollouts, 1 x greedy",
         "fp32, 1/4 of them",

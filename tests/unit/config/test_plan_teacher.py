@@ -23,8 +23,8 @@ TWO = "http://a:1/generate,http://b:1/generate"
     [
         (
             "",
-            "up to 64 samples in one request; at most 300 s for a sample, retries and waiting included",
-            "above 0.5 of a rollout's samples the run waits up to 600 s for the teacher, then saves and stops",
+            "up to 64 samples in one request; at most 1800 s for a sample, retries and waiting included",
+            "above 0.5 of a rollout's samples the run waits up to 1800 s for the teacher, then saves and stops",
         ),
         (
             f"--rm-url {TWO} --opd-teacher-batch 1 --opd-teacher-deadline 20 --opd-teacher-hedge 4 "
@@ -35,8 +35,8 @@ TWO = "http://a:1/generate,http://b:1/generate"
         ),
         (
             "--actor-num-gpus-per-node 2 --opd-max-unscored-share 0.25",
-            "up to 64 samples in one request; at most 300 s for a sample, retries and waiting included",
-            "above 0.25 of a rollout's samples the run waits up to 600 s for the teacher, then saves and stops",
+            "up to 64 samples in one request; at most 1800 s for a sample, retries and waiting included",
+            "above 0.25 of a rollout's samples the run waits up to 1800 s for the teacher, then saves and stops",
         ),
     ],
 )

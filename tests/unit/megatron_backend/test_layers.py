@@ -98,7 +98,7 @@ def test_sequences_share_a_call_only_when_of_similar_length() -> None:
 
     plan = pack_plan((10, 100, 9, 80, 7, 6, 30), 1, 0, torch.device("cpu"))
     assert [sorted(b.key_index.shape) for b in plan.buckets] == [[2, 100], [1, 30], [3, 10], [1, 6]]
-    assert all(b.mask is None for b in plan.buckets)
+    assert all(b.mask() is None for b in plan.buckets)
     assert sorted(plan.restore_order.tolist()) == list(range(242))
 
 
