@@ -14,8 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from opd.cluster.place import Place
 from opd.config.schema import Config
 from opd.errors import UserError
@@ -198,11 +196,3 @@ def free_port(address: str) -> int:
                 continue
             return port
     raise ClusterError(f"no free port at {address} between {_PORTS.start} and {_PORTS.stop}. Free some.")
-
-
-def interface_of(address: str) -> str | None:
-    """Name of the network interface with ``address``, which gloo wants to be told; None: it is none of ours."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address == address for known in addresses):
-            return name
-    return None

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import ray
 
-from opd.cluster.processes import Observed, RankOrder, RankProcess, free_port, interface_of
+from opd.cluster.interfaces import interface_of
+from opd.cluster.processes import Observed, RankOrder, RankProcess, free_port
 from opd.serving.command import ServerOptions
 from opd.serving.server import SGLangServer
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from opd.cluster.interfaces import tell_gloo
+
 FOREVER = datetime.timedelta(days=365)
 _patient: list[dist.ProcessGroup] = []
 
@@ -86,6 +88,8 @@ def init_distributed(
     sizes.dp(world_size)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = os.environ.get("MASTER_PORT") or str(_free_port())
+    if world_size > 1:
+        tell_gloo(host)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=f"tcp://{host}:{port}",

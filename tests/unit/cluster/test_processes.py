@@ -1,4 +1,4 @@
-"""The environment of a rank, ports and interfaces. Whole ranks: tests/cluster."""
+"""The environment of a rank, and ports. Whole ranks: tests/cluster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from opd.cluster.place import ALONE
-from opd.cluster.processes import ClusterError, RankOrder, free_port, interface_of, rank_environment
+from opd.cluster.processes import ClusterError, RankOrder, free_port, rank_environment
 from opd.config.flags import parse_flags
 from opd.config.launch_rules import uses_ray
 from opd.config.schema import Config
@@ -37,11 +37,6 @@ def test_a_port_can_be_taken_at_once() -> None:
         assert taken.getsockname()[1] == port
     with pytest.raises(ClusterError, match="no free port at 203.0.113.7"):
         free_port("203.0.113.7")  # of nobody here
-
-
-def test_the_interface_of_an_address() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("203.0.113.7") is None
 
 
 @pytest.mark.parametrize(
