@@ -1,4 +1,4 @@
-"""What report.html shows, as one dictionary that ``page/data.js`` reads: curves by column, answers with their tokens.
+"""What report.html shows, as the dictionary that ``page/data.js`` reads: curves by column, answers with their tokens.
 
 Texts that repeat (prompts, tokens) are stored once and referred to by number; log-probs keep three decimals. What the
 page can derive it derives.
@@ -7,13 +7,15 @@ page can derive it derives.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from opd.errors import UserError
 from opd.report.cost_summary import operations, utilisation
 from opd.report.metrics import FILE_NAME, read_metrics
+from opd.report.saved_lines import SavedLine
 from opd.report.summary import accuracy_labels, accuracy_series, counts, headline, phase_seconds
 
 COLUMNS = ("opd_reverse_kl", "reward_mean", "response_length_mean", "grad_norm", "student_entropy")
@@ -50,12 +52,8 @@ class TextTable:
         return list(self.numbers)
 
 
-def run_data(folder: Path, samples: Sequence[Mapping[str, Any]], *, left_out: int) -> dict[str, Any]:
-    """
-    Args:
-        folder: a run's --output-dir.
-        samples: the saved answers to show, of ``read_samples``.
-        left_out: how many more there are.
+def run_data(folder: Path) -> dict[str, Any]:
+    """All but the answers. ``folder``: a run's --output-dir.
 
     Raises:
         MetricsError, ReportError: a file that cannot be read.
@@ -64,7 +62,6 @@ def run_data(folder: Path, samples: Sequence[Mapping[str, Any]], *, left_out: in
     timed = [row for row in rows if any(phase_seconds(row).values())]
     seconds = [phase_seconds(row) for row in timed]
     phases = [name for name in seconds[0] if any(row[name] for row in seconds)] if seconds else []
-    prompts, texts = TextTable(), TextTable()
     return {
         "headline": headline(rows),
         "counts": counts(rows),
@@ -76,6 +73,17 @@ def run_data(folder: Path, samples: Sequence[Mapping[str, Any]], *, left_out: in
         "operations": [[name.replace("_", " "), value] for name, value in operations(rows).items()],
         "utilisation": list(utilisation(rows).items()),
         "flags": read_flags(folder),
+    }
+
+
+def answers_data(samples: Iterable[Mapping[str, Any]], *, left_out: int) -> dict[str, Any]:
+    """
+    Args:
+        samples: the saved answers to show, of ``read_samples``.
+        left_out: how many more there are.
+    """
+    prompts, texts = TextTable(), TextTable()
+    return {
         "samples": [_packed(sample, prompts, texts) for sample in samples],
         "left_out": left_out,
         "prompts": prompts.texts,
@@ -83,22 +91,19 @@ def run_data(folder: Path, samples: Sequence[Mapping[str, Any]], *, left_out: in
     }
 
 
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Every saved answer of a run, by step; rollouts before evaluations.
+def read_samples(lines: Iterable[SavedLine]) -> list[dict[str, Any]]:
+    """The saved answers of these lines, in their order.
 
     Raises:
         ReportError: a line that is no JSON object.
+        OSError: a file that cannot be read, or is gone by then.
     """
     samples = []
-    paths = (folder / "samples").glob("*.jsonl")
-    for path in sorted(paths, key=lambda path: (path.stem.rpartition("_")[2], path.stem.startswith("eval"))):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                samples.append(json.loads(line))
-            except ValueError as error:
-                raise ReportError(
-                    f"{path} line {number} is no JSON: delete the file to have a report without it"
-                ) from error
+    for path, of_one_file in groupby(lines, key=lambda line: line.path):
+        with open(path, "rb") as file:
+            for line in of_one_file:
+                file.seek(line.start)
+                samples.append(_parsed(file.read(line.size), line))
     return samples
 
 
@@ -112,6 +117,20 @@ def read_flags(folder: Path) -> list[tuple[str, str]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is not a run's record: delete it to have a report without flags") from error
     return [(f"--{name.replace('_', '-')}", _flag_text(value)) for name, value in flags.items()]
+
+
+def _parsed(text: bytes, line: SavedLine) -> dict[str, Any]:
+    try:
+        sample = json.loads(text.decode())
+    except ValueError as error:
+        raise _damaged(line) from error
+    if not isinstance(sample, dict):
+        raise _damaged(line)
+    return sample
+
+
+def _damaged(line: SavedLine) -> ReportError:
+    return ReportError(f"{line.path} line {line.number} is no JSON object: delete the file to have a report without it")
 
 
 def _packed(sample: Mapping[str, Any], prompts: TextTable, texts: TextTable) -> dict[str, Any]:

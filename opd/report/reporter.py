@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from opd.config.schema import OutputFlags
+from opd.errors import UserError
 from opd.report.console import Console
-from opd.report.html_data import ReportError
 from opd.report.html_report import FILE_NAME as PAGE_NAME
 from opd.report.html_report import write_html_report
 from opd.report.metrics import FILE_NAME, MetricsWriter, clean_row, read_metrics
@@ -147,7 +147,7 @@ class Reporter:
             return
         try:
             action()
-        except (OSError, ReportError) as error:
+        except (OSError, UserError) as error:
             self._broken.add(what)
             self.console.warn(f"{what}: cannot be written from here on ({error}). Training goes on without.")
 

@@ -101,10 +101,28 @@ def test_a_page_that_would_be_too_large_leaves_answers_out_evenly(tmp_path: Path
     assert steps[0] == 0 and max(gaps) - min(gaps) <= 1
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [{"max_bytes": 65_000}, {"max_read": 150_000}])
+def test_either_limit_leaves_the_pairs_of_before_and_after(tmp_path: Path, limit: dict[str, int]) -> None:
+    kinds = [(step, False) for step in range(1, 20)] + [(0, True), (10, True), (19, True)]
+    noise = [[((17 * i * j * j) % 1009) / 100 for j in range(400)] for i in range(1, 4 * len(kinds) + 1)]
+    samples = [
+        answer(step, place, evaluation=evaluation, token_ids=[5] * 400, token_texts=["x"] * 400, penalty=noise.pop())
+        for step, evaluation in kinds
+        for place in range(4)
+    ]
+    data = data_of(write_html_report(run_folder(tmp_path, samples), **limit))
+    assert data["left_out"] == len(samples) - len(data["samples"]) > 0
+    shown = [(sample["step"], sample["index"]) for sample in data["samples"] if sample["evaluation"]]
+    assert {(step, place) for step in (0, 19) for place in range(4)} <= set(shown)
+    assert 4 < len({sample["step"] for sample in data["samples"] if not sample["evaluation"]}) < 19
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1, 2]", "", '{"step": "\xff"}'])
+def test_a_damaged_line_is_named(tmp_path: Path, text: str) -> None:
     folder = run_folder(tmp_path, [answer(1, 0)])
-    (folder / "samples" / "step_00001.jsonl").write_text("{broken\n")
-    with pytest.raises(ReportError, match=r"step_00001\.jsonl line 1 is no JSON"):
+    with open(folder / "samples" / "step_00001.jsonl", "ab") as file:
+        file.write(text.encode("latin-1") + b"\n")
+    with pytest.raises(ReportError, match=r"step_00001\.jsonl line 2 is no JSON object"):
         write_html_report(folder)
 
 
