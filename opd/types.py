@@ -28,7 +28,7 @@ class SampleStatus(Enum):
 class TopLogprobs:
     """Some likely next tokens at each response token of one sample. A row may hold fewer than K: the rest is id -1."""
 
-    ids_TK: torch.Tensor  # int64
+    ids_TK: torch.Tensor  # int32 of a served teacher, else int64
     # log softmax over the whole vocabulary, nats, at temperature 1 unless it is said; anything where id is -1
     logprobs_TK: torch.Tensor
 
@@ -55,7 +55,7 @@ class Sample:
     # the mean of the teacher's log-prob of the whole span at each of its tokens.
     teacher_spans: list[int] | None = None
     teacher_top: TopLogprobs | None = None  # of an SGLang teacher, for a top-k distillation loss
-    student_top_ids: list[list[int]] | None = None  # the student's likeliest ids at each response token
+    student_top_ids: torch.Tensor | None = None  # int32 [L, K]: the student's likeliest ids at each response token
     weight_version: int | None = None  # weights that wrote the response, its last token where they changed
     # (first response token, version) of each stretch written by the same weights; None: weight_version wrote all
     weight_spans: list[tuple[int, int]] | None = None
@@ -131,7 +131,8 @@ class GenerationResult:
     weight_version: int | None = None  # of the last token where they changed meanwhile
     # (first response token, version) of each stretch written by the same weights; None: the engine does not say
     weight_spans: list[tuple[int, int]] | None = None
-    top_ids: list[list[int]] | None = None  # with SamplingParams.top_ids: the likeliest ids at each response token
+    # With SamplingParams.top_ids: the likeliest ids at each response token, int32 [L, K].
+    top_ids: torch.Tensor | None = None
     # Of a mixture, at each response token: both models' log softmax(logits / temperature), not truncated, and ``a``.
     # Over SGLang servers see ``opd.sampling.sparse_mixture.JudgedBlock``.
     student_log_probs: list[float] | None = None

@@ -9,6 +9,10 @@ from opd.config.flags import flag_text
 from opd.config.queries import GROUP_ESTIMATORS, has_task_reward, task_reward_acts
 from opd.config.schema import Config
 from opd.config.slime_flags import translation_notes
+from opd.config.student_support import support_cost
+from opd.config.traffic import LIKELY_TOKEN_BYTES
+
+MUCH_TRAFFIC = 10e9  # bytes of a rollout's scores: one core reads as much JSON in about 9 minutes
 
 
 def warnings(config: Config) -> list[str]:
@@ -20,6 +24,7 @@ def _warnings(config: Config) -> Iterator[str]:
     yield from _signal_warnings(config)
     yield from _estimator_warnings(config)
     yield from _rollout_warnings(config)
+    yield from _traffic_warnings(config)
     yield from _schedule_warnings(config)
     yield from _file_warnings(config)
     yield from translation_notes(config.slime.translated_flags or [])
@@ -108,6 +113,25 @@ def _rollout_warnings(config: Config) -> Iterator[str]:
         )
     if rollout.rollout_engine == "sglang" and engines > config.samples_per_rollout:
         yield f"{engines} SGLang engines for {config.samples_per_rollout} samples per rollout: some stay idle."
+
+
+def _traffic_warnings(config: Config) -> Iterator[str]:
+    flags, length = config.distillation, config.plan.plan_response_len or config.rollout.rollout_max_response_len
+    top = flags.distillation_top_k
+    if config.opd.opd_type != "sglang" or flags.distillation_type is None or top is None:
+        return
+    if flags.distillation_support == "teacher":
+        return
+    cost = support_cost(prompt=config.plan.plan_prompt_len or 0, response=length, count=top)
+    moved = config.samples_per_rollout * (cost.sent + cost.answered)
+    if moved > MUCH_TRAFFIC:
+        cheap = config.samples_per_rollout * length * top * LIKELY_TOKEN_BYTES
+        yield (
+            f"{flag_text('distillation_support', flags.distillation_support)} with a served teacher: about "
+            f"{moved / 1e9:,.0f} GB of JSON per rollout with answers of {length:,} tokens, in {cost.requests:,} "
+            "requests for each, one after another, and one process reads it. `--distillation-support=teacher` moves "
+            f"{cheap / 1e9:,.1f} GB in one request each; a smaller `--distillation-top-k` or shorter answers help too."
+        )
 
 
 def _schedule_warnings(config: Config) -> Iterator[str]:

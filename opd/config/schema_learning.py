@@ -77,7 +77,7 @@ class OpdFlags:
     opd_teacher_num_gpus_per_engine: int = flag(1, "tensor-parallel size of one of these servers")
     opd_teacher_timeout: float = flag(300.0, "seconds for one scoring request, before a retry")
     opd_teacher_retries: int = flag(3, "retries of one scoring request that times out or gets no proper answer, before the sample is masked; a server that is down or busy is asked until --opd-teacher-deadline")
-    opd_teacher_deadline: float = flag(1800.0, "seconds for one sample, all attempts and the waiting for a server that is down included, before it is masked")
+    opd_teacher_deadline: float = flag(1800.0, "seconds for one sample (with --distillation-support student or union for each piece of it), all attempts and the waiting for a server that is down included, before it is masked")
     opd_teacher_hedge: float = flag(3.0, "several addresses: another one is asked too when a request takes this many times the median; 0: never")
     opd_teacher_wait: float = flag(1800.0, "seconds to wait for the teacher, and to ask again, when it leaves more than --opd-max-unscored-share of a rollout without a score; then the run stops (after saving)")
     opd_teacher_concurrency: int = flag(64, "samples that are being scored at each address")

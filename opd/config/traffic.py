@@ -11,6 +11,7 @@ from opd.config.memory_types import FP32, element_bytes, planned_prompt
 from opd.config.model_facts import ModelFacts
 from opd.config.parameters import RankParameters, parameters_on_stage
 from opd.config.schema import Config
+from opd.config.student_support import support_cost
 
 # Measured at SGLang 0.5.23 (docs/teacher_scoring.md): a sampled token's entry as JSON, and one of its likely tokens
 # packed (4 bytes of id and 4 of log-prob in base64).
@@ -88,12 +89,20 @@ def _scores(config: Config, student: ModelFacts, response: int) -> list[Traffic]
     if opd.opd_type != "sglang":
         return []
     per_id = len(str(student.vocab_size)) + 2  # digits, comma and blank
-    asked = samples * (planned_prompt(config, student) + response) * per_id
-    top = config.distillation.distillation_top_k if config.distillation.distillation_type is not None else None
-    answered = samples * response * (SCORED_TOKEN_BYTES + (top or 0) * LIKELY_TOKEN_BYTES)
+    prompt, flags = planned_prompt(config, student), config.distillation
+    requests, asked = samples, float(samples * (prompt + response) * per_id)
+    top = flags.distillation_top_k if flags.distillation_type is not None else None
+    of_teacher = top if top is not None and flags.distillation_support != "student" else 0
+    answered = float(samples * response * (SCORED_TOKEN_BYTES + of_teacher * LIKELY_TOKEN_BYTES))
     likely = f" and {top} likely tokens" if top else ""
+    if top is not None and flags.distillation_support != "teacher":
+        cost = support_cost(prompt=prompt, response=response, count=top, id_bytes=per_id)
+        requests, asked = samples * cost.requests, samples * cost.sent
+        answered += samples * cost.answered
+        likely += f" of the {'student' if not of_teacher else 'student and of the teacher'}"
+    sent = f"token ids of {samples:,} samples as JSON" + (f", in {requests:,} pieces" if requests > samples else "")
     return [
-        Traffic(name="teacher requests", bytes=asked, note=f"token ids of {samples} samples as JSON"),
+        Traffic(name="teacher requests", bytes=asked, note=sent),
         Traffic(name="teacher scores", bytes=answered, note=f"of {samples * response:,} tokens{likely}"),
     ]
 

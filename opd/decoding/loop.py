@@ -261,6 +261,7 @@ def _close_gaps(caches: Views, running: list[Answer], finished: set[int]) -> Non
 
 
 def _result(answer: Answer, error: str | None, *, ended: bool, weight_version: int) -> GenerationResult:
+    top_ids = answer.columns.pop("top_ids", None)
     at_limit = SampleStatus.PENDING if answer.pauses else SampleStatus.TRUNCATED
     status = SampleStatus.COMPLETED if ended else at_limit if error is None else SampleStatus.ABORTED
     return GenerationResult(
@@ -270,5 +271,6 @@ def _result(answer: Answer, error: str | None, *, ended: bool, weight_version: i
         status=status,
         weight_version=weight_version,
         error=None if ended else error,
+        top_ids=torch.tensor(top_ids, dtype=torch.int32) if top_ids else None,
         **answer.columns,
     )

@@ -31,7 +31,7 @@ from opd.types import GenerationRequest, GenerationResult, Sample, SampleStatus
 logger = logging.getLogger(__name__)
 
 FOLDER = "rollout_journal"
-LAYOUT = 1
+LAYOUT = 2
 MISSING = object()  # no reward was kept: None may be one
 _ROLLOUT_FLAGS = (
     "rollout_engine", "skd_top_k", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from opd.data.prompts import Prompt
 from opd.types import GenerationRequest, GenerationResult, Sample, SampleStatus
 
@@ -77,7 +79,7 @@ def continue_with(sample: Sample, result: GenerationResult) -> None:
     elif result.response_ids:
         sample.rollout_log_probs = [*(sample.rollout_log_probs or ()), *result.log_probs]
         if sample.student_top_ids is not None and result.top_ids is not None:
-            sample.student_top_ids = [*sample.student_top_ids, *result.top_ids]
+            sample.student_top_ids = torch.cat([sample.student_top_ids, result.top_ids])
         sample.weight_spans = _joined_spans(sample, result)
         sample.weight_version = result.weight_version
     sample.tokens = [*sample.tokens, *result.response_ids]

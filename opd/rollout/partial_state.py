@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from opd.config.flags import ConfigError, flag_text
 from opd.config.schema import Config
 from opd.data.prompts import PromptDataset
@@ -71,7 +69,6 @@ def check_in_flight(saved: Sequence[Saved], config: Config, *, max_context_len: 
 
 
 def _save_sample(sample: Sample) -> Saved:
-    top = sample.student_top_ids
     saved = {
         "index": sample.index,
         "status": sample.status.value,
@@ -80,7 +77,7 @@ def _save_sample(sample: Sample) -> Saved:
         "response": sample.response,
         "ids": encoded(sample.response_ids),
         "log_probs": encoded(sample.rollout_log_probs),
-        "top_ids": None if top is None else encoded(torch.tensor(top)),
+        "top_ids": encoded(sample.student_top_ids),
         "weight_version": sample.weight_version,
         "weight_spans": encoded(sample.weight_spans),
     }
@@ -98,7 +95,8 @@ def _load_sample(sample: Sample, saved: Saved) -> Sample:
     sample.response_length = saved["response_length"]
     sample.response = saved["response"]
     sample.rollout_log_probs = decoded(saved["log_probs"])
-    sample.student_top_ids = None if saved["top_ids"] is None else decoded(saved["top_ids"]).tolist()
+    top_ids = decoded(saved["top_ids"])
+    sample.student_top_ids = None if top_ids is None else top_ids.int()
     sample.weight_version = saved["weight_version"]
     spans = decoded(saved["weight_spans"])
     sample.weight_spans = None if spans is None else [tuple(span) for span in spans]

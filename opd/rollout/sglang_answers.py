@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
+import torch
+
 from opd.errors import EngineError
 from opd.serving.top_logprobs import top_request, top_rows
 from opd.types import GenerationRequest, GenerationResult, SampleStatus, SamplingParams
@@ -96,9 +99,9 @@ def _weight_spans(meta: dict[str, Any], url: str, given_version: int | None) -> 
     return spans
 
 
-def _top_ids(meta: dict[str, Any], url: str, length: int, count: int) -> list[list[int]]:
+def _top_ids(meta: dict[str, Any], url: str, length: int, count: int) -> torch.Tensor:
     try:
         ids_TK, _ = top_rows(meta, "output", positions=length, count=count)
     except ValueError as error:
         raise EngineError(f"{url} returned no {count} likeliest tokens at each position: {error}") from error
-    return ids_TK.tolist()
+    return torch.from_numpy(ids_TK.astype(np.int32))

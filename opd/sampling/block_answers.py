@@ -64,12 +64,14 @@ class WrittenAnswer:
 
     def result(self, status: SampleStatus, *, error: str | None = None) -> GenerationResult:
         columns: dict[str, Any] = {name: [] for name in COLUMNS} | self.columns
+        top_ids = columns.pop("top_ids", None)
         return GenerationResult(
             key=self.request.key,
             response_ids=self.ids,
             status=status,
             weight_version=self.weight_version,
             error=error,
+            top_ids=torch.tensor(top_ids, dtype=torch.int32) if top_ids else None,
             **columns,
         )
 

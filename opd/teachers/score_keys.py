@@ -29,14 +29,14 @@ class ScoreRequest:
         response_length: tokens of the response, at least 1.
         temperature: of the log-probs.
         top: likely tokens that are asked for beside the sampled ones.
-        student_ids: with a support of the student's: its likeliest ids at each response token.
+        student_ids: with a support of the student's: its likeliest ids at each response token, int32 [T, K].
     """
 
     tokens: list[int]
     response_length: int
     temperature: float = 1.0
     top: TopRequest | None = None
-    student_ids: list[list[int]] | None = None
+    student_ids: torch.Tensor | None = None
 
     def key(self, teacher: str) -> bytes:
         """Equal for equal questions to the same teacher, and for no others. The vocabulary's size is no part of a
@@ -52,8 +52,9 @@ class ScoreRequest:
         if self.top is not None:
             support = self.top.support.encode()
             digest.update(struct.pack("<QI", self.top.count, len(support)) + support)
-            for row in (self.student_ids or []) if self.top.of_student else []:
-                digest.update(np.asarray([len(row), *row], dtype="<i8").tobytes())
+            if self.top.of_student and self.student_ids is not None:
+                widths_T1 = np.full((len(self.student_ids), 1), self.student_ids.shape[1])
+                digest.update(np.hstack([widths_T1, self.student_ids.numpy()]).astype("<i8").tobytes())
         return digest.digest()
 
 
@@ -101,6 +102,6 @@ def unpack_score(value: bytes, request: ScoreRequest) -> TeacherScore:
     if request.top is not None and ids.max() >= request.top.vocab_size:
         raise ValueError(f"likely ids up to {ids.max()} for a vocabulary of {request.top.vocab_size}")
     top = TopLogprobs(
-        ids_TK=torch.from_numpy(ids.astype(np.int64)), logprobs_TK=torch.from_numpy(values.astype(np.float32))
+        ids_TK=torch.from_numpy(ids.astype(np.int32)), logprobs_TK=torch.from_numpy(values.astype(np.float32))
     )
     return TeacherScore(logprobs=logprobs, **{"likely" if request.top is None else "top": top})

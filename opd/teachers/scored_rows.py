@@ -125,7 +125,7 @@ def unpack_top(packed: dict[str, Any]) -> TopLogprobs:
         for name, dtype in (("ids", "<i4"), ("log_probs", "<f4"))
     )
     return TopLogprobs(
-        ids_TK=torch.from_numpy(ids.astype(np.int64)), logprobs_TK=torch.from_numpy(values.astype(np.float32))
+        ids_TK=torch.from_numpy(ids.astype(np.int32)), logprobs_TK=torch.from_numpy(values.astype(np.float32))
     )
 
 

@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
+from opd.config.student_support import positions_per_request
 from opd.errors import TeacherError
 from opd.serving.addresses import addresses
 from opd.serving.endpoint_pool import EndpointPool, PoolSettings, PoolStats
@@ -21,7 +23,7 @@ from opd.serving.top_logprobs import top_request
 from opd.serving.turns import Job
 from opd.teachers import top_scores
 from opd.teachers.score_batches import BatchLimits, ScoreBatcher
-from opd.teachers.top_scores import TopRequest
+from opd.teachers.top_scores import Rows, TopRequest
 from opd.types import TopLogprobs
 
 # Prompts whose first score is in flight or done. It only bounds memory: forgetting one costs one prefill.
@@ -55,7 +57,8 @@ class SGLangTeacher:
         timeout_s: for one attempt.
         retries: further attempts on time-outs, 500 answers and truncated JSON.
         concurrency: requests in flight at each address.
-        deadline_s: for one sample. A server that cannot be reached, or says that it is busy, is waited for that long.
+        deadline_s: for one sample, or each piece of one that is asked about in pieces. A server that cannot be reached,
+            or says that it is busy, is waited for that long.
         hedge: with several addresses, ask a second one after this many times the median latency; 0: never.
         ca_file: PEM file with the certificates to trust in place of the system's.
         lead_prompts: let the first score of each distinct prompt finish before its siblings are sent, so that they
@@ -105,19 +108,18 @@ class SGLangTeacher:
         return await self._after_leader(tokens, response_length, lambda job: self._score(tokens, response_length, job))
 
     async def score_top(
-        self, tokens: list[int], response_length: int, request: TopRequest, student_ids: list[list[int]] | None = None
+        self, tokens: list[int], response_length: int, request: TopRequest, student_ids: torch.Tensor | None = None
     ) -> tuple[list[float], TopLogprobs]:
         """The same, with the log-probs of likely tokens at each of these positions.
 
         Args:
-            student_ids: the student's K likeliest at each response token, for the supports that hold them.
+            student_ids: the student's K likeliest at each response token [T, K], for the supports that hold them.
 
         Raises:
             TeacherScoreError: see ``score``.
         """
         if request.of_student:
-            given = [len(row) for row in student_ids or []]
-            if given != [request.count] * response_length:
+            if student_ids is None or tuple(student_ids.shape) != (response_length, request.count):
                 raise TeacherScoreError(
                     "top", f"the rollout engine reported no {request.count} likeliest ids at each response token"
                 )
@@ -164,35 +166,33 @@ class SGLangTeacher:
         tokens: list[int],
         response_length: int,
         request: TopRequest,
-        student_ids: list[list[int]] | None,
+        student_ids: torch.Tensor | None,
         job: Job,
     ) -> tuple[list[float], TopLogprobs]:
         prompt_length = len(tokens) - response_length
-        step = top_scores.CHUNK if request.of_student else response_length
+        step = positions_per_request(response_length, request.count) if request.of_student else response_length
         logprobs: list[float] = []
-        chunks: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        chunks: list[list[Rows]] = []
         for first in range(0, response_length, step):
             end = min(first + step, response_length)
-            chosen = np.array(student_ids[first:end]) if request.of_student else None
+            if first:  # the server has just answered: a long answer has many pieces, and is not late for that
+                job = self.http.job(prefix=job.prefix)
+            chosen = student_ids[first:end].numpy() if request.of_student else None
             part, rows = await self._score_chunk(tokens[: prompt_length + end], end - first, request, chosen, job)
             logprobs += part
             chunks.append(rows)
-        sources = [
-            (np.concatenate([ids for ids, _ in source]), np.concatenate([values for _, values in source]))
-            for source in zip(*chunks, strict=True)
-        ]
-        return logprobs, top_scores.merged(sources)
+        return logprobs, top_scores.joined(chunks)
 
     async def _score_chunk(
         self, tokens: list[int], count: int, request: TopRequest, chosen_TK: np.ndarray | None, job: Job
-    ) -> tuple[list[float], list[tuple[np.ndarray, np.ndarray]]]:
+    ) -> tuple[list[float], list[Rows]]:
         """Of the last ``count`` tokens: log-probs, then (ids, log-probs) of the teacher's and the student's choice."""
         extra: dict[str, Any] = top_request("input", request.count) if request.of_teacher else {}
         union_U = None if chosen_TK is None else np.unique(chosen_TK)
         if union_U is not None:
             extra["token_ids_logprob"] = union_U.tolist()
 
-        def read(answer: Any) -> tuple[list[float], list[tuple[np.ndarray, np.ndarray]]]:
+        def read(answer: Any) -> tuple[list[float], list[Rows]]:
             logprobs = response_logprobs(answer, tokens, count)
             rows = []
             try:

@@ -156,7 +156,7 @@ def test_reported_log_probs_are_those_of_both_models(
         expected = model.logprobs([*prompt, *result.response_ids])[len(prompt) - 1 :]
         assert reported == pytest.approx(expected, abs=1e-4)
     after_prompt = tiny_a.all_logprobs(list(prompts[0]))[-1]
-    assert result.top_ids[0] == after_prompt.topk(3).indices.tolist()
+    assert result.top_ids[0].equal(after_prompt.topk(3).indices.int())
     rows = [m.all_logprobs(list(p))[-1] for m, p in ((tiny_a, prompts[0]), (near_a, prompts[1]))]
     q = sparse_q(*rows, 64)
     assert result.log_probs[0] == pytest.approx(float(q[result.response_ids[0]].log()), abs=1e-4)

@@ -82,7 +82,7 @@ def test_the_likeliest_tokens_are_reported_on_request(engine: SGLangEngine, tiny
     prompt = random_ids(24)
     (result,) = engine.generate(_requests([prompt]), params)
     likely_TV = tiny_a.all_logprobs(prompt + result.response_ids)[len(prompt) - 1 : -1]
-    assert result.top_ids == likely_TV.topk(5).indices.tolist()
+    assert result.top_ids.equal(likely_TV.topk(5).indices.int())
     (plain,) = engine.generate(_requests([prompt]), GREEDY)
     assert plain.top_ids is None
 

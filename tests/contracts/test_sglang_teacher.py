@@ -73,7 +73,7 @@ def test_likely_tokens_match_transformers(
     """In several requests, across prompt lengths, with the last id of the vocabulary among what is asked for."""
     count, cases = 16, [(1, 1), (5, 9), (24, 80)]
 
-    async def score(tokens: list[int], length: int, student_ids: list[list[int]]) -> Any:
+    async def score(tokens: list[int], length: int, student_ids: torch.Tensor) -> Any:
         teacher = SGLangTeacher(server.url)
         request = TopRequest(count=count, support=support, vocab_size=VOCAB_SIZE)
         try:
@@ -85,7 +85,7 @@ def test_likely_tokens_match_transformers(
         tokens = [*random_ids(prompt + length - 1), VOCAB_SIZE - 1]
         # Distinct within a row, different from row to row, the first row with the last id of the vocabulary.
         student_TK = (VOCAB_SIZE - 1 - 7 * torch.arange(length)[:, None] - 11 * torch.arange(count)) % VOCAB_SIZE
-        logprobs, top = asyncio.run(score(tokens, length, student_TK.tolist()))
+        logprobs, top = asyncio.run(score(tokens, length, student_TK.int()))
         all_TV = tiny_a.all_logprobs(tokens)[prompt - 1 : -1]
         assert logprobs == pytest.approx(tiny_a.logprobs(tokens)[-length:], abs=1e-4)
         kept_TK = top.ids_TK >= 0

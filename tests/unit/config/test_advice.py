@@ -10,6 +10,7 @@ import pytest
 from opd.config import parse_config, warnings
 
 RPP = "--advantage-estimator reinforce_plus_plus --normalize-advantages"
+TOP = "--distillation-type forward_kl --distillation-top-k 16 --rollout-batch-size 64"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,11 @@ RPP = "--advantage-estimator reinforce_plus_plus --normalize-advantages"
             "no effect with `--advantage-estimator=reinforce_plus_plus`",
         ),
         ("grpo", "--advantage-estimator gspo --global-batch-size 8", "hardly ever clips"),
+        (
+            "sglang",
+            f"{TOP} --distillation-support union --rollout-engine sglang --plan-response-len 16384",
+            "GB of JSON per rollout with answers of 16,384 tokens, in 512 requests for each",
+        ),
         ("megatron", "--advantage-estimator ppo", "the critic learns to predict 0"),
         (
             "megatron",
@@ -51,6 +57,7 @@ def test_said(workplace: Path, command: Callable[..., list[str]], base: str, fla
         # Another term in the sum that is whitened: the coefficient counts.
         ("megatron", "--normalize-advantages --opd-whiten-penalty --rm-type exact --label-key label"),
         ("megatron", f"{RPP} --opd-whiten-penalty --kl-coef 0.1"),
+        ("sglang", f"{TOP} --rollout-engine sglang --plan-response-len 16384"),
         ("grpo", "--use-kl-loss --kl-loss-coef 0.1"),
         ("grpo", "--use-kl-loss --kl-loss-type k1"),
         ("grpo", "--advantage-estimator gspo --global-batch-size 8 --eps-clip 3e-4 --eps-clip-high 4e-4"),

@@ -128,6 +128,17 @@ def test_weights_and_scores_on_their_way(workplace: Path, command: Command) -> N
     top = traffic_of(command("sglang", f"{engines} --distillation-type forward_kl --distillation-top-k 8"))
     assert top["teacher scores"] == 32 * 20 * (40 + 8 * 11)
     assert "gradients" not in rows
+    # 20 tokens are one piece, which asks about 1.15 x 8 x 20^0.66 ids.
+    student = traffic_of(
+        command(
+            "sglang",
+            f"{engines} --distillation-type forward_kl --distillation-top-k 8 --distillation-support student "
+            "--plan-prompt-len 36",
+        )
+    )
+    asked = 1.15 * 8 * 20**0.66
+    assert student["teacher requests"] == pytest.approx(32 * (56 + asked) * 5)
+    assert student["teacher scores"] == pytest.approx(32 * 20 * (40 + asked * 33))
 
 
 def test_gradients_and_teachers_on_their_way(workplace: Path, command: Command) -> None:

@@ -3,6 +3,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from opd.data.prompts import Prompt
 from opd.errors import RewardError
@@ -44,7 +45,7 @@ class ScriptedEngine:
                 log_probs=[] if aborted else [-1.0, -2.0],
                 status=SampleStatus.ABORTED if aborted else SampleStatus.COMPLETED,
                 weight_version=3,
-                top_ids=None if aborted else [[request.key, 1], [9, 1]],
+                top_ids=None if aborted else torch.tensor([[request.key, 1], [9, 1]]),
                 error=f"reason {request.key}" if request.key in self.failing else None,
             )
 
@@ -81,7 +82,7 @@ def test_samples_carry_what_the_teacher_needs():
     first, *_, last = run().samples
     assert (first.teacher_index, first.teacher_prompt_ids) == (0, None)
     assert (last.teacher_index, last.teacher_prompt_ids) == (2, [5, 6, 7])
-    assert last.student_top_ids == [[105, 1], [9, 1]]
+    assert last.student_top_ids.tolist() == [[105, 1], [9, 1]]
 
 
 def test_a_teacher_that_helps_to_write_is_given_its_own_prompt():

@@ -88,7 +88,8 @@ def test_an_answer_in_pieces_is_the_answer_in_one(kind):
     assert len({s.response_length for s in whole.values()}) > 3
     for key, sample in pieces.items():
         assert sample.rollout_log_probs == pytest.approx(whole[key].rollout_log_probs, abs=1e-4)
-        assert sample.student_top_ids == whole[key].student_top_ids
+        assert (sample.student_top_ids is None) == (kind != "torch")
+        assert kind != "torch" or sample.student_top_ids.equal(whole[key].student_top_ids)
     spans = [s.weight_spans for s in pieces.values() if s.weight_spans]
     assert any(len(versions) > 1 for versions in spans)  # finished by other weights than those that began them
     assert {start for versions in spans for start, _ in versions} <= {0, 3, 6, 9, 12}

@@ -25,7 +25,11 @@ class Data:
 
 
 def piece(count, status, **changes):
-    values = {"log_probs": [-1 / 3] * count, "top_ids": [[1, 2]] * count, "weight_version": 4}
+    values = {
+        "log_probs": [-1 / 3] * count,
+        "top_ids": torch.tensor([[1, 2]] * count, dtype=torch.int32),
+        "weight_version": 4,
+    }
     return GenerationResult(key=0, response_ids=[7] * count, status=status, **values | changes)
 
 
@@ -62,6 +66,10 @@ def test_everything_that_is_written_and_scored_comes_back():
     assert after["teacher_log_probs"].equal(before["teacher_log_probs"])
     assert after["teacher_top"].logprobs_TK.equal(before["teacher_top"].logprobs_TK)
     group.samples[1].reward = again.samples[1].reward = None
+    for sample, loaded in zip(group.samples[:2], again.samples[:2], strict=True):
+        assert loaded.student_top_ids.equal(sample.student_top_ids)
+    for sample in (*group.samples, *again.samples):
+        sample.student_top_ids = None
     assert again.samples == group.samples
     assert again.samples[0].weight_spans == [(0, 4), (20, 5)]
 

@@ -53,13 +53,13 @@ TOP = TopRequest(count=2, support="student", vocab_size=9)
         ("a", {"temperature": 0.5}),
         ("a", {"top": replace(TOP, count=3)}),
         ("a", {"top": replace(TOP, support="teacher")}),
-        ("a", {"student_ids": [[1, 2], [3, 5]]}),
+        ("a", {"student_ids": torch.tensor([[1, 2], [3, 5]])}),
         ("a", {"top": None}),
     ],
     ids=str,
 )
 def test_no_other_question_has_the_same_key(teacher: str, change: dict[str, object]) -> None:
-    asked = replace(REQUEST, top=TOP, student_ids=[[1, 2], [3, 4]])
+    asked = replace(REQUEST, top=TOP, student_ids=torch.tensor([[1, 2], [3, 4]]))
     assert replace(asked, **change).key(teacher) != asked.key("a")
     assert replace(asked).key("a") == asked.key("a")
 
@@ -69,8 +69,8 @@ def test_likely_tokens_come_back_as_they_were() -> None:
     top = TopLogprobs(ids_TK=torch.tensor([[2**17, 1, -1], [4, 3, 7]]), logprobs_TK=-torch.rand(2, 3))
     value = pack_score(TeacherScore(logprobs=SCORE.logprobs, top=top))
     found = unpack_score(value, request)
-    assert torch.equal(found.top.ids_TK, top.ids_TK) and torch.equal(found.top.logprobs_TK, top.logprobs_TK)
-    assert found.top.ids_TK.dtype is torch.int64 and found.logprobs == SCORE.logprobs
+    assert torch.equal(found.top.ids_TK, top.ids_TK.int()) and torch.equal(found.top.logprobs_TK, top.logprobs_TK)
+    assert found.top.ids_TK.dtype is torch.int32 and found.logprobs == SCORE.logprobs
     with pytest.raises(ValueError, match="vocabulary of 100"):  # an id that this student does not have
         unpack_score(value, replace(request, top=TopRequest(count=2, support="union", vocab_size=100)))
 
@@ -80,7 +80,7 @@ def test_likely_tokens_of_a_score_without_any_are_a_readers(tmp_path: Path) -> N
     store = ScoreStore(tmp_path)
     store.put("a", REQUEST, replace(SCORE, likely=likely))
     found = store.get("a", REQUEST)
-    assert found.top is None and torch.equal(found.likely.ids_TK, likely.ids_TK)
+    assert found.top is None and torch.equal(found.likely.ids_TK, likely.ids_TK.int())
     store.put("a", REQUEST, SCORE)
     assert store.get("a", REQUEST).likely is None
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from opd.config.flags import parse_flags
 from opd.config.teachers import TeacherSpec
@@ -143,7 +144,7 @@ def test_a_teacher_without_likely_tokens_still_scores(fault: Any) -> None:
 )
 def test_a_loss_over_likely_tokens_has_asked_already(support: str, kept: list[list[int]] | None) -> None:
     fake, top = FakeSGLang(), TopRequest(count=3, support=support, vocab_size=100)
-    one = sample(saved=True, student_top_ids=[[5, 6, 7], [5, 6, 7]])
+    one = sample(saved=True, student_top_ids=torch.tensor([[5, 6, 7]] * 2))
     (reward,) = rewards((fake,), [one], top=top, likely=TopRequest(count=2, vocab_size=100))
     assert len(fake.requests) == 1
     assert (reward["teacher_likely"].ids_TK.tolist() if kept else reward.get("teacher_likely")) == kept

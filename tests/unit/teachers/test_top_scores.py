@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd.teachers import top_scores
+from opd.config import student_support
 from opd.teachers.sglang_teacher import SGLangTeacher, TeacherScoreError
 from opd.teachers.top_scores import TopRequest, merged
 from tests.unit.serving.fake_sglang import FakeSGLang, good_answer, logprob_of, top_of
@@ -22,15 +22,24 @@ LENGTH = 5
 STUDENT = [[3, 40], [1, 41], [42, 40], [5, 43], [44, 3]]
 
 
-def score(fake: FakeSGLang, support: str, *, student_ids: Any = STUDENT, tokens: Any = TOKENS, **request: Any) -> Any:
+def score(
+    fake: FakeSGLang,
+    support: str,
+    *,
+    student_ids: Any = STUDENT,
+    tokens: Any = TOKENS,
+    deadline_s: float = 300.0,
+    **request: Any,
+) -> Any:
     """(log-probs, top) or the error."""
 
     async def run() -> Any:
         async with fake.running():
-            teacher = SGLangTeacher(fake.url, retries=0)
+            teacher = SGLangTeacher(fake.url, retries=0, deadline_s=deadline_s)
             asked = TopRequest(**{"count": 2, "support": support, "vocab_size": 200, **request})
             try:
-                return await teacher.score_top(tokens, LENGTH, asked, student_ids)
+                ids_TK = None if student_ids is None else torch.tensor(student_ids, dtype=torch.int32)
+                return await teacher.score_top(tokens, LENGTH, asked, ids_TK)
             except TeacherScoreError as error:
                 return error
             finally:
@@ -64,7 +73,7 @@ def test_a_server_that_answers_with_lists_says_the_same() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 64])
 def test_the_students_choice_is_asked_for_in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(top_scores, "CHUNK", chunk)
+    monkeypatch.setattr(student_support, "LEAST_POSITIONS", chunk)
     fake = FakeSGLang()
     logprobs, top = score(fake, "student")
     assert len(fake.requests) == -(-LENGTH // chunk)
@@ -76,6 +85,14 @@ def test_the_students_choice_is_asked_for_in_pieces(monkeypatch: pytest.MonkeyPa
     assert first["token_ids_logprob"] == sorted({t for row in STUDENT[:chunk] for t in row})
     assert first["input_ids"] == TOKENS[: 2 + min(chunk, LENGTH)]
     assert "top_logprobs_num" not in first
+
+
+def test_each_piece_has_the_time_of_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(student_support, "LEAST_POSITIONS", 1)
+    fake = FakeSGLang()
+    fake.delay_s = 0.25  # five pieces one after another take 1.25 s
+    _, top = score(fake, "student", deadline_s=1.0)
+    assert top.ids_TK.tolist() == STUDENT
 
 
 def test_the_union_names_a_token_once() -> None:
