@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ define_missing_ops()
 VOCAB_SIZE = 512
 CONTEXT = 1024
 START_SECONDS = 240.0  # 8 s on an idle machine with warm caches; the first import of sglang takes far longer
+# What torchrun tells its ranks. Servers, and broadcasts to them, must not take it for theirs: they would wait for a
+# store that nobody hosts.
+OF_TORCHRUN = ("TORCHELASTIC_USE_AGENT_STORE", "True")
 # Files that change the shared server's weights come last, in this order: the first wants to find version 0 and leaves
 # it, the others leave other versions.
-# As in a rank that torchrun started. The servers, and broadcasts to them, must not take it for theirs: they would wait
-# for a store that nobody hosts.
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 CHANGE_WEIGHTS = ("test_sglang_engine", "test_answers_together", "test_sglang_survival")
 
 
@@ -117,9 +117,12 @@ def starting_servers(
     """Started together: importing SGLang takes most of a start, and two cores import side by side."""
     options = ServerOptions(model_path=str(tiny_a.folder), context_length=CONTEXT, max_running_requests=128)
     logs = tmp_path_factory.mktemp("logs")
-    with SGLangServer(options, log_path=logs / "shared.log") as shared:
-        with SGLangServer(options, log_path=logs / "doomed.log") as doomed:
-            yield shared, doomed
+    with ExitStack() as servers:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(*OF_TORCHRUN)
+            shared = servers.enter_context(SGLangServer(options, log_path=logs / "shared.log"))
+            doomed = servers.enter_context(SGLangServer(options, log_path=logs / "doomed.log"))
+        yield shared, doomed
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from opd.rollout.sglang_engine import SGLangEngine
 from opd.serving.router import SGLangRouter
 from opd.serving.server import SGLangServer
 from opd.types import GenerationRequest, GenerationResult, SamplingParams
-from tests.contracts.conftest import CONTEXT, START_SECONDS, TinyModel
+from tests.contracts.conftest import CONTEXT, OF_TORCHRUN, START_SECONDS, TinyModel
 
 pytestmark = pytest.mark.contracts
 
@@ -122,6 +122,7 @@ def test_broadcast_and_router_outlive_a_worker(
                 kill(doomed_server)
             yield item
 
+    monkeypatch.setenv(*OF_TORCHRUN)
     monkeypatch.setattr("opd.serving.weight_push.BUCKET_BYTES", 100_000)
     urls = [server.url, doomed_server.url]
     router = SGLangRouter(urls, log_path=tmp_path / "router.log")
