@@ -160,7 +160,7 @@ class TokenBatch:
     # int64, a teacher with another tokenizer: within a sample, tokens of the same number are one span, -1 is in none,
     # and the teacher's log-probs mean something as a span's sum only; None: every token by itself
     teacher_span_T: torch.Tensor | None = None
-    teacher_top_ids_TK: torch.Tensor | None = None  # SGLang teacher: kept ids of each position, -1 where fewer
+    teacher_top_ids_TK: torch.Tensor | None = None  # int32, SGLang teacher: kept ids of each position, -1 where fewer
     teacher_top_logprobs_TK: torch.Tensor | None = None
     saved_N: torch.Tensor | None = None  # bool: the sample's tokens are saved; None: nobody's
     # By sample_N, of saved samples: likeliest tokens, likeliest first, at the temperature at which the KL is measured

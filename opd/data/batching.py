@@ -89,7 +89,7 @@ def _teacher_top(samples: list[Sample]) -> dict[str, torch.Tensor]:
     width = max(top.ids_TK.shape[1] for top in tops)
     ids, logprobs = [], []
     for sample in samples:
-        ids_TK = torch.full((sample.response_length, width), -1)
+        ids_TK = torch.full((sample.response_length, width), -1, dtype=torch.int32)
         logprobs_TK = torch.zeros(sample.response_length, width)
         if sample.teacher_top is not None:
             kept = sample.teacher_top.ids_TK.shape[1]

@@ -194,7 +194,7 @@ def _served(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     if batch.teacher_top_ids_TK is None:
         nothing_TK = torch.full((sum(batch.response_lengths), 1), -1)
         return micro.rows(nothing_TK), micro.rows(torch.zeros_like(nothing_TK, dtype=torch.float32))
-    return micro.rows(batch.teacher_top_ids_TK), micro.rows(batch.teacher_top_logprobs_TK)
+    return micro.rows(batch.teacher_top_ids_TK).long(), micro.rows(batch.teacher_top_logprobs_TK)
 
 
 class AnswerTerm:

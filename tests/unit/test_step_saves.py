@@ -41,6 +41,9 @@ class Saves:
             raise CheckpointError("disk full")
         return iteration
 
+    def from_first_rank(self, value: Any) -> Any:
+        return value
+
     def parts(self) -> Any:
         journal = SimpleNamespace(superseded=self.superseded.append)
         config = Config(checkpoint=CheckpointFlags(save="folder"))
