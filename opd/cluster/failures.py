@@ -32,6 +32,11 @@ class EndedRank:
         return self.said_why and self.end.status == 2
 
     @property
+    def leads(self) -> bool:
+        """The training ranks' first one, which generates and reports."""
+        return self.order.role == "actor" and self.order.rank == 0
+
+    @property
     def said_why(self) -> bool:
         """It ended with a message for the person at the terminal."""
         return self.end is not None and self.end.report is not None and self.end.report.outcome == "refused"

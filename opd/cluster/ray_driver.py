@@ -24,7 +24,7 @@ from opd.serving.teacher_servers import TeacherServers
 logger = logging.getLogger(__name__)
 
 FAREWELL_SECONDS = 5.0  # for the other ranks to notice that one is gone; rank 0 then prints its summary
-REPORT_SECONDS = 120.0  # after an error that all ranks know of: rank 0 writes its report
+REPORT_SECONDS = 120.0  # for rank 0 to write its report, after an error that stops all ranks
 INTERRUPT_SECONDS = 60.0  # for a run of one rank to save after Ctrl-C
 
 
@@ -74,7 +74,7 @@ def _watch(crew: Crew, stop: StopRequest) -> None:
         if stop.requested and all(rank.end is not None and rank.end.status in (0, -signal.SIGTERM) for rank in ended):
             raise Preempted  # it came before the ranks could listen: nothing was learned
         first = cause(ended)
-        if first.order.rank != 0 or first.order.role != "actor":  # rank 0's output is on the terminal already
+        if not first.leads:  # rank 0's output is on the terminal already
             Relay(errors=True).block(f"end of the log of {first.title}", first.tail)
         raise (ConfigError if first.refused_its_flags else ClusterError)(sentence(first))
     if any(rank.end.report is not None and rank.end.report.outcome == "preempted" for rank in ended):
@@ -89,13 +89,17 @@ class _Until:
         self._stop = stop
         self._now = now
         self._passed_on = False
-        self._deadline: float | None = None
+        self._failed_at: float | None = None
 
     def __call__(self) -> bool:
         if self._stop.requested and not self._passed_on:
             self._passed_on = True
             self._crew.signal(signal.SIGTERM)
-        if self._deadline is None and any(rank.failed for rank in self._crew.ended()):
-            told = all(rank.said_why for rank in self._crew.ended() if rank.failed)
-            self._deadline = self._now() + (REPORT_SECONDS if told else FAREWELL_SECONDS)
-        return self._deadline is not None and self._now() > self._deadline
+        ended = self._crew.ended()
+        failed = [rank for rank in ended if rank.failed]
+        if not failed:
+            return False
+        if self._failed_at is None:
+            self._failed_at = self._now()
+        reporting = all(rank.said_why for rank in failed) and not any(rank.leads for rank in ended)
+        return self._now() > self._failed_at + (REPORT_SECONDS if reporting else FAREWELL_SECONDS)
